@@ -1,0 +1,213 @@
+"""The base model as the weight side sees it: places, single weights, and a fingerprint.
+
+A conversion reads only the weights that it needs: from a live model's modules, or from a checkpoint's safetensors by
+name, over a skeleton on the meta device. Knows transformers' checkpoints; knows no adapter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from lorakit.adapters.places import Place, base_modules, places
+from lorakit.errors import BaseModelNotFoundError
+
+# PEFT's task types and the class that each is trained on (peft.mapping.MODEL_TYPE_TO_PEFT_MODEL_MAPPING).
+_AUTO_CLASSES = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
+
+
+class _Weights(Protocol):
+    """Gives a named parameter of the base, or None where it has none of that name."""
+
+    def get(self, name: str) -> torch.Tensor | None: ...
+
+
+class BaseModel:
+    """A base model's structure and weights, read on demand.
+
+    Attributes:
+        id: the Hub id or folder that the base was named by ("" for a live model that has none).
+        architecture: its transformers class, for example "LlamaForCausalLM".
+        places: module path → `Place`, for every module that can carry an adapter.
+    """
+
+    def __init__(self, model: nn.Module, weights: _Weights, base_id: str) -> None:
+        self.id = base_id
+        self.architecture = type(model).__name__
+        self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+        self.places: Mapping[str, Place] = places(model)
+        self.parameters = {name: tuple(p.shape) for name, p in _base_parameters(model)}
+        self._weights = weights
+
+    @classmethod
+    def of(cls, source: str | os.PathLike[str] | nn.Module, *, task_type: str | None = None) -> BaseModel:
+        """Opens a base model without loading its weights.
+
+        Args:
+            source: a live model, a folder with a checkpoint, or a Hub id.
+            task_type: PEFT's task type of the adapters ("CAUSAL_LM", "SEQ_CLS", …); it decides the class, as it
+                did in training. None: the class that the checkpoint's config names. Not used for a live model.
+
+        Raises:
+            BaseModelNotFoundError: no such folder or Hub model, or its class is unknown to transformers.
+        """
+        if isinstance(source, nn.Module):
+            model = _unwrap_peft(source)
+            return cls(model, _LiveWeights(model), str(getattr(model, "name_or_path", "") or ""))
+        folder = _locate(str(source))
+        skeleton = _skeleton(folder, task_type)
+        return cls(skeleton, _CheckpointWeights(folder, skeleton), str(source))
+
+    def weight(self, path: str) -> torch.Tensor:
+        """W of a place in its own dtype (dequantised if quantised): (out, in); an embedding's as (out = D, in = V)."""
+        weight = self._parameter(f"{path}.weight")
+        return weight.T if self.places[path].transposed else weight
+
+    def bias(self, path: str) -> torch.Tensor | None:
+        """b (out,) of a place in its own dtype, or None where it has none."""
+        return self._weights.get(f"{path}.bias")
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """A parameter by its name in the model, in its own dtype, or None where there is none."""
+        return self._weights.get(name)
+
+    def _parameter(self, name: str) -> torch.Tensor:
+        tensor = self._weights.get(name)
+        if tensor is None:
+            raise BaseModelNotFoundError(
+                f"the base model {self.id or self.architecture!r} has no weight {name!r}; "
+                "if it is loaded in a special way, pass the live model as base_model."
+            )
+        return tensor
+
+
+class _LiveWeights:
+    """Weights of a model in memory, dequantised one at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(base_modules(model))
+
+    def get(self, name: str) -> torch.Tensor | None:
+        path, _, item = name.rpartition(".")
+        module = self._modules.get(path)
+        tensor = getattr(module, item, None)
+        if module is None or tensor is None:
+            return None
+        if item == "weight":
+            tensor = dequantize_module_weight(module)
+        return tensor.detach()
+
+
+class _CheckpointWeights:
+    """Weights of a checkpoint folder, read by name from its safetensors.
+
+    Names on disk can differ from those in the model (tied weights, a prefix, transformers' own renamings). What a
+    lookup with ties and prefixes does not find is found by loading the model once, as transformers itself maps it.
+    """
+
+    def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
+        self._folder = folder
+        self._class = type(skeleton)
+        self._prefix = str(getattr(skeleton, "base_model_prefix", "") or "")
+        self._aliases = _aliases(skeleton)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        files: dict[str, Path] = {}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            if path.name.startswith("adapter_"):
+                continue
+            with safe_open(path, framework="pt") as shard:
+                files.update(dict.fromkeys(shard.keys(), path))
+        return files
+
+    @cached_property
+    def _loaded(self) -> _LiveWeights:
+        return _LiveWeights(self._class.from_pretrained(self._folder, dtype="auto"))
+
+    def get(self, name: str) -> torch.Tensor | None:
+        if name not in self._aliases:
+            return None
+        for alias in self._aliases[name]:
+            for key in (alias, f"{self._prefix}.{alias}", alias.removeprefix(f"{self._prefix}.")):
+                if key in self._files:
+                    with safe_open(self._files[key], framework="pt") as shard:
+                        return shard.get_tensor(key)
+        return self._loaded.get(name)
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter name → all names of that parameter: tied weights are stored under one of them."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: [name, *(other for other in names if other != name)] for names in groups.values() for name in names}
+
+
+def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (f"{path}.{name}" if path else name, parameter)
+        for path, module in base_modules(model)
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+
+
+def _unwrap_peft(model: nn.Module) -> nn.Module:
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def _locate(source: str) -> Path:
+    """A folder for a path or a Hub id (downloaded or taken from the cache by huggingface_hub's own rules)."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelNotFoundError(
+            f"the base model {source!r} is neither a folder here nor a model that the Hub gave "
+            f"({type(error).__name__}). Name a folder or a Hub id with base_model, or pass the live model."
+        ) from error
+
+
+def _skeleton(folder: Path, task_type: str | None) -> PreTrainedModel:
+    """The model's modules on the meta device: shapes without weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model_class = _model_class(config, task_type)
+        with torch.device("meta"):
+            model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BaseModelNotFoundError(
+            f"the base model in {folder} cannot be opened: {error}. "
+            "If its code is not part of transformers, load it yourself and pass the live model as base_model."
+        ) from error
+    model.tie_weights()
+    return model
+
+
+def _model_class(config: PretrainedConfig, task_type: str | None) -> Any:
+    if task_type in _AUTO_CLASSES:
+        return _AUTO_CLASSES[task_type]
+    if not config.architectures:
+        raise ValueError("its config.json names no architecture")
+    return getattr(transformers, config.architectures[0])

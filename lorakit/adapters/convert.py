@@ -1,0 +1,49 @@
+"""A source → its canonical form over a base: read, convert, check. The one way by which adapters come in.
+
+A bank takes adapters through it, and so does a live model, so that both refuse the same things in the same words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from lorakit.adapters.base import BaseModel
+from lorakit.adapters.form import AdapterForm
+from lorakit.adapters.methods import convert as convert_checkpoint
+from lorakit.adapters.peft_reader import Checkpoint, Source, read_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def convert(name: str, source: Source | Checkpoint, base: BaseModel, dtype: torch.dtype | None = None) -> AdapterForm:
+    """Reads a source and converts it.
+
+    Args:
+        name: the adapter's name, for messages.
+        source: a PEFT folder, a Hub id, a live `PeftModel`, or a checkpoint already read.
+        base: the base that it was trained on.
+        dtype: what A and B are cast to; None keeps the checkpoint's own, so that it can be written back bit for bit.
+
+    Raises:
+        CheckpointError, UnsupportedMethodError, ModuleNotFoundInBaseError: see `peft_reader` and `methods`.
+        NonFiniteWeightsError: NaN or Inf, in the checkpoint or after the cast.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    form = convert_checkpoint(checkpoint, base)
+    if dtype is not None:
+        form = cast(form, dtype)
+    form.check_finite(name)
+    return form
+
+
+def cast(form: AdapterForm, dtype: torch.dtype) -> AdapterForm:
+    """The form with A and B in another dtype; c and d stay fp32."""
+    modules = {
+        path: module
+        if module.a is None or module.b is None
+        else dataclasses.replace(module, a=module.a.to(dtype), b=module.b.to(dtype))
+        for path, module in form.modules.items()
+    }
+    return dataclasses.replace(form, modules=modules)

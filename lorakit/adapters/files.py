@@ -1,0 +1,89 @@
+"""Files that are there whole or not at all, also after a crash or a power cut.
+
+Knows bytes and names of files; knows nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from lorakit.errors import BankError
+
+TEMPORARY = ".tmp"
+"""What a file's name ends with until it is whole."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write into a `BankError`."""
+    try:
+        yield
+    except OSError as error:
+        raise BankError(
+            f"cannot write {path}: {error.strerror or error}. "
+            "Free space or fix the folder's permissions, then try again."
+        ) from error
+
+
+class NewFile:
+    """A file under construction: it gets its name when all of it is on the disk.
+
+    A context; left without `commit`, only the temporary file remains, for a later sweep.
+
+    Args:
+        path: its name in the end.
+
+    Raises:
+        BankError: from every method, where the system refuses (no space, no permission).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + TEMPORARY)
+        with writing(path):
+            self._handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Writes at a byte offset; what is skipped reads as zeros."""
+        view = memoryview(data)
+        with writing(self.path):
+            while view.nbytes:
+                count = os.pwrite(self._handle, view, offset)
+                view = view[count:]
+                offset += count
+
+    def commit(self) -> None:
+        """Puts the bytes on the disk, then gives the file its name; `sync_folder` makes the name last."""
+        with writing(self.path):
+            # Bytes first: a name that survives a power cut must not lead to bytes that did not.
+            os.fsync(self._handle)
+            self.close()
+            os.replace(self._temporary, self.path)
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last."""
+    with writing(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

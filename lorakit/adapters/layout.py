@@ -1,0 +1,354 @@
+"""How the tensors of an adapter lie in one extent: the same on disk, in host memory and in a device's slot.
+
+An extent is the *weights* region (every A and B, in the adapter's weight dtype) followed by the *vectors* region (every
+c and d, fp32). Offsets count elements of their region, not bytes, so one layout serves every weight dtype: a whole
+region is cast in one go and each tensor stays where it was.
+
+Knows forms and flat tensors; knows no file, no device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from lorakit.adapters.dtypes import WEIGHT_DTYPES
+from lorakit.adapters.fields import Fields, content_key
+from lorakit.adapters.form import AdapterForm, Kind, ModuleForm
+from lorakit.errors import BankError
+
+ALIGNMENT = 8
+"""Every tensor starts at a multiple of this many elements: 16 bytes at two bytes an element, what a thread loads."""
+
+_FEATURES_LIMIT = 1 << 40
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT
+
+
+def natural_key(path: str) -> tuple[list[tuple[int, str]], str]:
+    """Sorts "layers.2" before "layers.10"."""
+    parts = re.split(r"([0-9]+)", path)
+    # Numbers are compared as text of known length: int() would refuse a path with thousands of digits.
+    digits = [part.lstrip("0") if index % 2 else part for index, part in enumerate(parts)]
+    return [(len(part) if index % 2 else 0, part) for index, part in enumerate(digits)], path
+
+
+def weight_dtype(form: AdapterForm) -> torch.dtype:
+    """The narrowest dtype that holds every A and B of a form without loss (float32 for a form without any)."""
+    dtypes = {tensor.dtype for module in form.modules.values() for tensor in (module.a, module.b) if tensor is not None}
+    assert dtypes <= set(WEIGHT_DTYPES), f"the reader lets only {WEIGHT_DTYPES} through, not {dtypes}"
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+
+class Span(NamedTuple):
+    """Where one tensor lies.
+
+    Attributes:
+        path: the module.
+        item: "a", "b", "c" or "d".
+        offset: the first element within its region.
+        shape: the tensor's shape; its elements lie in row-major order.
+    """
+
+    path: str
+    item: str
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """The element after the last."""
+        return self.offset + prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """One module's shapes and places.
+
+    Attributes:
+        path: the module's path in the base model.
+        kind: "linear" or "embedding".
+        in_features: the input width, or an embedding's number of rows.
+        out_features: the output width.
+        rank: r; 0 without factors.
+        scale: s.
+        a: A's first element in the weights region, or None; A is (r, in), for an embedding (in, r).
+        b: B's, or None; B is (out, r).
+        c: c's first element in the vectors region, or None; c is (out,).
+        d: d's, or None; d is (out,).
+    """
+
+    path: str
+    kind: Kind
+    in_features: int
+    out_features: int
+    rank: int = 0
+    scale: float = 1.0
+    a: int | None = None
+    b: int | None = None
+    c: int | None = None
+    d: int | None = None
+
+    def weights(self) -> Iterator[Span]:
+        """A and B, where there are any."""
+        if self.a is not None and self.b is not None:
+            shape = (self.rank, self.in_features) if self.kind == "linear" else (self.in_features, self.rank)
+            yield Span(self.path, "a", self.a, shape)
+            yield Span(self.path, "b", self.b, (self.out_features, self.rank))
+
+    def vectors(self) -> Iterator[Span]:
+        """C and d, where there are any."""
+        if self.c is not None:
+            yield Span(self.path, "c", self.c, (self.out_features,))
+        if self.d is not None:
+            yield Span(self.path, "d", self.d, (self.out_features,))
+
+    def to_json(self) -> dict[str, Any]:
+        """The module as in bank.json; what is None is left out."""
+        sizes = {"path": self.path, "kind": self.kind, "in": self.in_features, "out": self.out_features}
+        places = {item: getattr(self, item) for item in "abcd" if getattr(self, item) is not None}
+        return {**sizes, "rank": self.rank, "scale": self.scale, **places}
+
+    @classmethod
+    def from_json(cls, value: object, where: str) -> ModuleLayout:
+        """Reads `to_json`'s value.
+
+        Raises:
+            BankError: a field is missing, of a wrong type or out of range.
+        """
+        fields = Fields(value, where)
+        kind = fields.text("kind")
+        if kind not in ("linear", "embedding"):
+            raise fields.wrong("kind", '"linear" or "embedding"')
+        places = {item: fields.count(item) for item in "abcd" if item in fields.value}
+        if any(place % ALIGNMENT for place in places.values()):
+            raise BankError(f"{where} has an offset that is no multiple of {ALIGNMENT}")
+        rank = fields.count("rank", limit=_FEATURES_LIMIT)
+        if ("a" in places) != ("b" in places) or (rank and "a" not in places):
+            raise BankError(f"{where} should have both a and b, or neither and rank 0")
+        return cls(
+            path=fields.text("path", least=1),
+            kind=cast(Kind, kind),
+            in_features=fields.count("in", least=1, limit=_FEATURES_LIMIT),
+            out_features=fields.count("out", least=1, limit=_FEATURES_LIMIT),
+            rank=rank,
+            scale=fields.number("scale"),
+            a=places.get("a"),
+            b=places.get("b"),
+            c=places.get("c"),
+            d=places.get("d"),
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of all tensors of an adapter. Adapters of one recipe share one layout.
+
+    Attributes:
+        modules: in the order in which their tensors lie.
+        weights_elements: the weights region's length; a multiple of 8, so that the vectors start aligned too.
+        vector_elements: the vectors region's length in fp32 elements.
+    """
+
+    modules: tuple[ModuleLayout, ...]
+    weights_elements: int
+    vector_elements: int
+
+    @classmethod
+    def of(cls, form: AdapterForm) -> Layout:
+        """The layout that a form is packed by: modules in natural order of their paths, each A, B; then each c, d."""
+        modules = []
+        weights = vectors = 0
+        for path in sorted(form.modules, key=natural_key):
+            module = form.modules[path]
+            assert path, "a module has a path"
+            places: dict[str, int] = {}
+            for item, tensor in module.tensors():
+                if item in "ab":
+                    places[item], weights = weights, _aligned(weights + tensor.numel())
+                else:
+                    assert tensor.dtype == torch.float32, f"{item} of {path} is {tensor.dtype}, not float32"
+                    places[item], vectors = vectors, _aligned(vectors + tensor.numel())
+            modules.append(
+                ModuleLayout(
+                    path=path,
+                    kind=module.kind,
+                    in_features=module.in_features,
+                    out_features=module.out_features,
+                    rank=module.rank,
+                    scale=float(module.scale),
+                    a=places.get("a"),
+                    b=places.get("b"),
+                    c=places.get("c"),
+                    d=places.get("d"),
+                )
+            )
+        return cls(tuple(modules), weights, vectors)
+
+    @cached_property
+    def weight_spans(self) -> tuple[Span, ...]:
+        """Every A and B by place."""
+        return tuple(sorted((span for module in self.modules for span in module.weights()), key=_place))
+
+    @cached_property
+    def vector_spans(self) -> tuple[Span, ...]:
+        """Every c and d by place."""
+        return tuple(sorted((span for module in self.modules for span in module.vectors()), key=_place))
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of elements of all tensors, without the gaps that align them."""
+        return sum(span.end - span.offset for span in self.weight_spans + self.vector_spans)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks there are, ascending; without 0 where any module has factors."""
+        return tuple(sorted({module.rank for module in self.modules if module.rank})) or (0,)
+
+    @cached_property
+    def key(self) -> str:
+        """The content's short name: equal layouts, equal keys."""
+        return content_key(self.to_json())
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """An extent's bytes with weights of this dtype."""
+        return self.weights_elements * dtype.itemsize + self.vector_elements * 4
+
+    def views(self, weights: torch.Tensor, vectors: torch.Tensor) -> dict[str, ModuleForm]:
+        """The modules of an extent, without a copy.
+
+        Args:
+            weights: (weights_elements,), of any weight dtype, on any device.
+            vectors: (vector_elements,) fp32.
+
+        Returns:
+            Module path → its form; the tensors are views.
+        """
+        assert weights.shape == (self.weights_elements,) and vectors.shape == (self.vector_elements,)
+        forms = {}
+        for module in self.modules:
+            tensors = {span.item: weights[span.offset : span.end].view(span.shape) for span in module.weights()}
+            tensors |= {span.item: vectors[span.offset : span.end] for span in module.vectors()}
+            forms[module.path] = ModuleForm(
+                kind=module.kind,
+                in_features=module.in_features,
+                out_features=module.out_features,
+                a=tensors.get("a"),
+                b=tensors.get("b"),
+                scale=module.scale,
+                c=tensors.get("c"),
+                d=tensors.get("d"),
+            )
+        return forms
+
+    def pack(self, form: AdapterForm, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies a form of this layout into a fresh extent.
+
+        Args:
+            form: a form with `Layout.of(form) == self`.
+            dtype: the weights' dtype; A and B are cast to it.
+
+        Returns:
+            The weights (weights_elements,) of `dtype` and the vectors (vector_elements,) fp32; gaps are zero.
+        """
+        weights = torch.zeros(self.weights_elements, dtype=dtype)
+        vectors = torch.zeros(self.vector_elements, dtype=torch.float32)
+        views = self.views(weights, vectors)
+        assert views.keys() == form.modules.keys()
+        for path, view in views.items():
+            source = dict(form.modules[path].tensors())
+            for item, tensor in view.tensors():
+                assert tensor.shape == source[item].shape
+                tensor.copy_(source[item])
+        return weights, vectors
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout as in bank.json."""
+        modules = [module.to_json() for module in self.modules]
+        return {"weights": self.weights_elements, "vectors": self.vector_elements, "modules": modules}
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "layout") -> Layout:
+        """Reads `to_json`'s value.
+
+        Args:
+            value: parsed JSON, not trusted.
+            where: its place, for messages.
+
+        Raises:
+            BankError: a wrong field, a tensor outside its region, tensors that overlap, a module that comes twice.
+        """
+        fields = Fields(value, where)
+        modules = [
+            ModuleLayout.from_json(module, f"{where}.modules[{index}]")
+            for index, module in enumerate(fields.items("modules"))
+        ]
+        if len({module.path for module in modules}) < len(modules):
+            raise BankError(f"{where} names a module twice")
+        layout = cls(tuple(modules), fields.count("weights"), fields.count("vectors"))
+        if layout.weights_elements % ALIGNMENT or layout.vector_elements % ALIGNMENT:
+            raise BankError(f"{where} has a region whose length is no multiple of {ALIGNMENT}")
+        for spans, end in (
+            (layout.weight_spans, layout.weights_elements),
+            (layout.vector_spans, layout.vector_elements),
+        ):
+            place = 0
+            for span in spans:
+                if span.offset < place or span.end > end:
+                    raise BankError(f"{where}: {span.item} of {span.path} overlaps another tensor or lies outside")
+                place = span.end
+        return layout
+
+
+def _place(span: Span) -> tuple[int, int]:
+    return span.offset, span.end
+
+
+@dataclass(frozen=True, eq=False)
+class Extent:
+    """One adapter's bytes in memory.
+
+    Attributes:
+        layout: where its tensors lie.
+        weights: (layout.weights_elements,), float32, bfloat16 or float16.
+        vectors: (layout.vector_elements,) fp32.
+    """
+
+    layout: Layout
+    weights: torch.Tensor
+    vectors: torch.Tensor
+
+    @classmethod
+    def of_bytes(cls, layout: Layout, dtype: torch.dtype, buffer: torch.Tensor) -> Extent:
+        """Sees bytes as an extent, without a copy.
+
+        Args:
+            layout: where its tensors lie.
+            dtype: the weights' dtype.
+            buffer: (at least layout.nbytes(dtype),) uint8, contiguous, starting at a multiple of 4 bytes.
+        """
+        cut = layout.weights_elements * dtype.itemsize
+        end = layout.nbytes(dtype)
+        return cls(layout, buffer[:cut].view(dtype), buffer[cut:end].view(torch.float32))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.weights.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The extent's bytes."""
+        return self.layout.nbytes(self.dtype)
+
+    def modules(self) -> dict[str, ModuleForm]:
+        """Module path → its form, as views."""
+        return self.layout.views(self.weights, self.vectors)

@@ -1,0 +1,163 @@
+"""Reads a PEFT checkpoint: a folder, a Hub id or a live `PeftModel` → its configuration and its tensors.
+
+Says what is wrong with a checkpoint before anything is converted. Knows PEFT's files and keys; knows no method's
+mathematics (methods/) and no base model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lorakit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    Source: TypeAlias = str | os.PathLike[str] | PeftModel
+else:
+    Source = Any
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A PEFT checkpoint as it was saved.
+
+    Attributes:
+        source: where it came from, for messages and for the bank's record.
+        config: adapter_config.json.
+        tensors: PEFT key without the leading "base_model.model." → tensor.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's type in capitals, for example "LORA"."""
+        return str(self.config["peft_type"]).upper()
+
+
+def read_checkpoint(source: Source) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Args:
+        source: a folder that PEFT's `save_pretrained` wrote, a Hub id, or a live `PeftModel` (its active adapter).
+
+    Raises:
+        CheckpointError: nothing there, no or broken configuration, no weights, truncated or unsafe weights, or keys
+            that PEFT does not write.
+    """
+    if isinstance(source, PeftModel):
+        return _read_live(source, str(source.active_adapter))
+    return _read_folder(_locate(str(source)), describe(source))
+
+
+def default_name(source: Source) -> str:
+    """The name that a list of sources gives an adapter: its folder's, its repository's, or its PEFT name."""
+    if isinstance(source, PeftModel):
+        return str(source.active_adapter)
+    return Path(os.path.normpath(str(source))).name
+
+
+def describe(source: Source) -> str:
+    """A source in a few words, for messages and for the bank's record."""
+    return f"PeftModel:{source.active_adapter}" if isinstance(source, PeftModel) else str(source)
+
+
+def _read_live(model: PeftModel, name: str) -> Checkpoint:
+    # Through PEFT's own writer: what a live model gives is what its saved checkpoint would give.
+    with tempfile.TemporaryDirectory(prefix="lorakit-") as folder:
+        model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+        return _read_folder(Path(folder) if name == "default" else Path(folder) / name, describe(model))
+
+
+def _locate(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).is_file():
+        raise CheckpointError(f"{source} is a file; name the folder that holds it and its {CONFIG}.")
+    try:
+        return Path(snapshot_download(source, allow_patterns=[CONFIG, SAFETENSORS, PICKLE]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{source!r} is neither a folder here nor a repository that the Hub gave ({type(error).__name__})."
+        ) from error
+
+
+def _read_folder(folder: Path, source: str) -> Checkpoint:
+    config = _read_config(folder, source)
+    tensors = _read_tensors(folder, source)
+    if not tensors:
+        raise CheckpointError(f"{source}: the checkpoint holds no tensor.")
+    strangers = [key for key in tensors if not key.startswith(PREFIX)]
+    if strangers:
+        raise CheckpointError(
+            f"{source}: {len(strangers)} keys do not begin with {PREFIX!r}, for example {strangers[0]!r}: "
+            "this is not a checkpoint as PEFT's save_pretrained writes it."
+        )
+    for key, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise CheckpointError(
+                f"{source}: {key} is {str(tensor.dtype).removeprefix('torch.')}; "
+                "save the adapter as float32, bfloat16 or float16."
+            )
+    return Checkpoint(source, config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
+
+
+def _read_config(folder: Path, source: str) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        nested = sorted(child.name for child in folder.iterdir() if (child / CONFIG).is_file())
+        remedy = f"its subfolders {nested} do: name one of them" if nested else "name a folder that PEFT saved to"
+        raise CheckpointError(f"{source} holds no {CONFIG}; {remedy}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: {CONFIG} is not readable as JSON: {error}.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise CheckpointError(f"{source}: {CONFIG} names no peft_type; it is not a PEFT configuration.")
+    return config
+
+
+def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
+    if (folder / SAFETENSORS).is_file():
+        try:
+            return load_file(folder / SAFETENSORS)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{source}: {SAFETENSORS} is damaged or truncated: {error}.") from error
+    if (folder / PICKLE).is_file():
+        return _read_pickle(folder / PICKLE, source)
+    raise CheckpointError(f"{source} holds neither {SAFETENSORS} nor {PICKLE}.")
+
+
+def _read_pickle(path: Path, source: str) -> dict[str, torch.Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: {path.name} is a pickle that does not load with weights_only=True, so it may run code; "
+            f"save it again as {SAFETENSORS} with a current PEFT."
+        ) from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
+    ):
+        raise CheckpointError(f"{source}: {path.name} is not a mapping from keys to tensors.")
+    return {key: value.contiguous() for key, value in loaded.items()}

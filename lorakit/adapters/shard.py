@@ -1,0 +1,348 @@
+"""Shards: safetensors files in which every adapter lies in one contiguous byte range.
+
+The safetensors library reads them like any other file, but its writer sorts tensors by dtype and name over the whole
+file, which would scatter an adapter, and wants all of them in memory. So the header is written here.
+
+A shard is written front to back, one adapter in memory at a time, while its header, which comes first, is only known
+at the end. So the writer leaves an area for the header, as large as the adapters to come should need, and fills what
+remains with spaces, which the format allows. When the area or the shard is full, the next shard begins. For adapters
+of one recipe the estimate is exact, so adding a single one wastes nothing.
+
+Knows entries, bytes and files; knows no index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from lorakit.adapters.entry import AdapterEntry
+from lorakit.adapters.files import NewFile
+from lorakit.adapters.form import AdapterForm
+from lorakit.errors import BankCorruptedError, BankError
+
+SHARD_BYTES = 4 << 30
+"""A shard takes adapters up to this size: few files for a large bank, and no single file too large to copy or push."""
+
+HEADER_LIMIT = 100_000_000
+"""The largest header that the safetensors library reads."""
+
+_ALIGNMENT = 64  # Where adapters begin in a shard: a cache line, and more than any kernel asks for.
+_METADATA = '{"__metadata__":{"format":"pt"}'
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What the index says of one shard.
+
+    Attributes:
+        nbytes: the file's size.
+        payload_nbytes: the bytes of the adapters written into it; less those still alive, this is dead weight.
+    """
+
+    nbytes: int
+    payload_nbytes: int
+
+
+def shard_name(number: int) -> str:
+    """The file name of the n-th shard."""
+    return f"bank-{number:04d}.safetensors"
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+def header_entries(entry: AdapterEntry, start: int) -> str:
+    """An adapter's part of a header, as JSON with a leading comma.
+
+    Args:
+        entry: the adapter.
+        start: its first byte, counted from the end of the header.
+    """
+    parts = []
+    for name, code, shape, begin, end in entry.tensors():
+        shape_json = ",".join(map(str, shape))
+        offsets = f"{start + begin},{start + end}"
+        parts.append(f',{json.dumps(name)}:{{"dtype":"{code}","shape":[{shape_json}],"data_offsets":[{offsets}]}}')
+    return "".join(parts)
+
+
+def tensor_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
+    """A tensor's bytes in row-major order; without a copy where it lies so already."""
+    flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def form_chunks(entry: AdapterEntry, form: AdapterForm) -> list[memoryview]:
+    """The bytes of an adapter's range, in order, as views on the form's tensors.
+
+    Args:
+        entry: the adapter, with the form's layout and extras.
+        form: its tensors.
+    """
+    prefix = len(entry.name) + 1
+    extras = {f"extras/{extra.name}": form.extras[extra.name] for extra in entry.extras}
+    chunks = []
+    for stored in entry.tensors():
+        name = stored.name[prefix:]
+        if name.startswith("~"):
+            chunks.append(memoryview(bytes(stored.end - stored.begin)))
+        elif name in extras:
+            chunks.append(tensor_bytes(extras[name], extras[name].dtype))
+        else:
+            path, item = name.rsplit("/", 1)
+            dtype = entry.dtype if item in "ab" else torch.float32
+            chunks.append(tensor_bytes(getattr(form.modules[path], item), dtype))
+        assert chunks[-1].nbytes == stored.end - stored.begin
+    return chunks
+
+
+def _hash(chunks: Iterable[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+class _Shard:
+    """One shard under construction."""
+
+    def __init__(self, path: Path, header_area: int) -> None:
+        self.path = path
+        self.payload = 0
+        # The length of the header is 8 bytes; the data begins aligned.
+        self.data_start = _aligned(8 + header_area)
+        self._header = [_METADATA]
+        # The closing brace is counted from the beginning.
+        self._header_nbytes = len(_METADATA) + 1
+        self._end = 0
+        self._file = NewFile(path)
+
+    def add(self, entry: AdapterEntry, chunks: Sequence[memoryview], limit: int) -> AdapterEntry | None:
+        """Writes an adapter; None where there is no more room for it."""
+        start = _aligned(self._end)
+        if self.payload and start + entry.stored_nbytes > limit:
+            return None
+        text = header_entries(entry, start)
+        if start > self._end:
+            gap = f'"dtype":"U8","shape":[{start - self._end}],"data_offsets":[{self._end},{start}]'
+            text = f",{json.dumps(entry.name + '/~pad')}:{{{gap}}}{text}"
+        if 8 + self._header_nbytes + len(text) > self.data_start:
+            return None
+        self._header.append(text)
+        self._header_nbytes += len(text)
+        place = self.data_start + start
+        # Every byte of the range is written, gaps too; the gap before it is a hole of zeros in the file.
+        for chunk in chunks:
+            self._file.write(chunk, place)
+            place += chunk.nbytes
+        self._end = start + entry.stored_nbytes
+        assert place == self.data_start + self._end
+        self.payload += entry.stored_nbytes
+        return replace(entry, shard=self.path.name, offset=self.data_start + start)
+
+    def commit(self) -> ShardFacts:
+        """Writes the header and gives the file its name."""
+        area = self.data_start - 8
+        header = ("".join(self._header) + "}").encode("ascii").ljust(area)
+        assert len(header) == area
+        self._file.write(area.to_bytes(8, "little") + header, 0)
+        self._file.commit()
+        return ShardFacts(self.data_start + self._end, self.payload)
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._file.close()
+
+
+class ShardSeries:
+    """Writes adapters one after another into as many new shards as they need.
+
+    A context. Hashes are computed in threads while the writing goes on (hashlib releases the GIL), so a few adapters'
+    tensors are held until their hash is there. What it leaves behind after an error is no part of the bank, as no
+    index names it; sweeping it away is the bank's part, which alone knows whether the index was replaced by then.
+
+    Args:
+        folder: the bank's.
+        first: the first shard's number.
+        shard_bytes: the size at which the next shard begins.
+    """
+
+    def __init__(self, folder: Path, first: int, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder = folder
+        self._first = first
+        self._shard_bytes = shard_bytes
+        self._shards: list[_Shard] = []
+        self._facts: dict[str, ShardFacts] = {}
+        self._hashing: deque[tuple[AdapterEntry, Future[str]]] = deque()
+        self._entries: list[AdapterEntry] = []
+        self._workers = min(4, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="lorakit-hash")
+
+    def __enter__(self) -> ShardSeries:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for shard in self._shards:
+            shard.close()
+
+    def add(self, entry: AdapterEntry, chunks: Sequence[memoryview], more: int, longest_name: int) -> None:
+        """Writes one adapter.
+
+        Args:
+            entry: the adapter; where it lies and its hash are filled in.
+            chunks: the bytes of its range. They must stay as they are until `finish`.
+            more: how many adapters will follow, as far as is known; sizes the area of the header.
+            longest_name: the length of the longest name among them.
+        """
+        digest = self._pool.submit(_hash, chunks)
+        is_open = len(self._shards) > len(self._facts)
+        placed = self._shards[-1].add(entry, chunks, self._shard_bytes) if is_open else None
+        if placed is None:
+            self._close_shard()
+            self._open_shard(entry, more, longest_name)
+            placed = self._shards[-1].add(entry, chunks, self._shard_bytes)
+        assert placed is not None, "a new shard takes the adapter it was sized for"
+        self._hashing.append((placed, digest))
+        # Bounds what is held in memory.
+        while len(self._hashing) > self._workers:
+            self._collect()
+
+    def finish(self) -> tuple[list[AdapterEntry], dict[str, ShardFacts]]:
+        """Completes the shards; their files are whole and named, and safe once the folder is synced.
+
+        Returns:
+            The entries in the order added, with shard, offset and sha256; and the new shards' facts.
+        """
+        while self._hashing:
+            self._collect()
+        self._close_shard()
+        return self._entries, self._facts
+
+    def _collect(self) -> None:
+        entry, digest = self._hashing.popleft()
+        self._entries.append(replace(entry, sha256=digest.result()))
+
+    def _close_shard(self) -> None:
+        if len(self._shards) > len(self._facts):
+            self._facts[self._shards[-1].path.name] = self._shards[-1].commit()
+
+    def _open_shard(self, entry: AdapterEntry, more: int, longest_name: int) -> None:
+        count = 1 + min(more, self._shard_bytes // max(1, entry.stored_nbytes))
+        # Measured at the far end of the shard, where offsets have the most digits, and with the gap before it.
+        example = replace(entry, name="x" * max(longest_name, len(entry.name)))
+        each = len(header_entries(example, max(self._shard_bytes, entry.stored_nbytes))) + len(example.name) + 96
+        if each + 64 > HEADER_LIMIT:
+            raise BankError(
+                f"adapter {entry.name!r} has too many modules for the header of a safetensors file: "
+                "split it into several adapters."
+            )
+        area = min(len(_METADATA) + 1 + count * each, HEADER_LIMIT - 64)
+        number = self._first + len(self._shards)
+        self._shards.append(_Shard(self._folder / shard_name(number), area))
+
+
+def read_range(path: Path, offset: int, buffer: torch.Tensor) -> None:
+    """Reads bytes of a shard.
+
+    Args:
+        path: the shard.
+        offset: the first byte.
+        buffer: (n,) uint8 on the CPU, contiguous; may be pinned. All of it is filled.
+
+    Raises:
+        BankCorruptedError: the file is missing, cannot be read or is too short; with the reason alone.
+    """
+    view = buffer.numpy().data
+    end = offset + view.nbytes
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while view.nbytes:
+                count = file.readinto(view)
+                if not count:
+                    raise _cut_off(end)
+                view = view[count:]
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def check_size(path: Path, end: int) -> None:
+    """Checks that a shard reaches up to a byte, so that no memory is taken for what is not there.
+
+    Raises:
+        BankCorruptedError: the file is missing or too short; with the reason alone.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _unreadable(error) from error
+    if size < end:
+        raise _cut_off(end)
+
+
+def _unreadable(error: OSError) -> BankCorruptedError:
+    return BankCorruptedError(f"the file cannot be read ({error.strerror or error})")
+
+
+def _cut_off(end: int) -> BankCorruptedError:
+    return BankCorruptedError(f"the file was cut off before byte {end}")
+
+
+def read_header(path: Path, nbytes: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Reads a shard's header and checks that it describes the whole file without holes.
+
+    Args:
+        path: the shard.
+        nbytes: the size that the file should have.
+
+    Returns:
+        Tensor name → (safetensors' dtype code, shape, first byte, byte after the last), bytes counted from the
+        beginning of the file.
+
+    Raises:
+        BankCorruptedError: it is no header of a safetensors file, or does not fit the file; with the reason alone.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if 2 <= length <= min(HEADER_LIMIT, size - 8) else b""
+    except OSError as error:
+        raise _unreadable(error) from error
+    if size != nbytes:
+        raise BankCorruptedError(f"the file has {size} bytes instead of {nbytes}")
+    try:
+        header = json.loads(text)
+        tensors = {name: _header_tensor(value, 8 + length) for name, value in header.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BankCorruptedError("its header is no safetensors header") from error
+    place = 8 + length
+    for _, _, begin, end in sorted(tensors.values(), key=lambda tensor: tensor[2:]):
+        if begin != place or end < begin:
+            raise BankCorruptedError("its header describes tensors with holes or overlaps")
+        place = end
+    if place != size:
+        raise BankCorruptedError("its header describes another file size")
+    return tensors
+
+
+def _header_tensor(value: Any, data_start: int) -> tuple[str, tuple[int, ...], int, int]:
+    begin, end = value["data_offsets"]
+    if type(begin) is not int or type(end) is not int or type(value["dtype"]) is not str:
+        raise TypeError
+    return value["dtype"], tuple(value["shape"]), data_start + begin, data_start + end

@@ -1,0 +1,78 @@
+"""Every error a user can cause, each naming the thing at fault and the remedy.
+
+All derive from `LorakitError`, and from the built-in kind that a caller would expect (`ValueError`, `KeyError`, …), so
+that both `except LorakitError` and `except ValueError` read naturally. They are raised before any work is done:
+nothing is written, nothing already loaded is disturbed. Assertions in this package guard our own invariants only.
+"""
+
+
+class LorakitError(Exception):
+    """The base of all errors that lorakit raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its argument; a sentence should be read as a sentence.
+        return " ".join(str(argument) for argument in self.args)
+
+
+class CheckpointError(LorakitError, ValueError):
+    """A PEFT checkpoint cannot be read: missing files or keys, extra keys, broken or unsafe tensors."""
+
+
+class ShapeMismatchError(CheckpointError):
+    """A tensor of the checkpoint does not fit the base model's module, or its own configuration."""
+
+
+class NonFiniteWeightsError(CheckpointError):
+    """A tensor of the checkpoint holds NaN or Inf."""
+
+
+class UnsupportedMethodError(LorakitError, NotImplementedError):
+    """The checkpoint uses a PEFT method or option that has no exact form in lorakit."""
+
+
+class BaseModelNotFoundError(LorakitError, LookupError):
+    """The base model cannot be found or read."""
+
+
+class BaseModelMismatchError(LorakitError, ValueError):
+    """An adapter or a bank was made for another base model."""
+
+
+class ModuleNotFoundInBaseError(LorakitError, LookupError):
+    """An adapter names a module that the base model does not have, or that cannot carry an adapter."""
+
+
+class AdapterNameError(LorakitError, ValueError):
+    """A name that an adapter cannot have."""
+
+
+class AdapterNotFoundError(LorakitError, KeyError):
+    """No adapter of this name is in the bank or the model."""
+
+
+class AdapterExistsError(LorakitError, ValueError):
+    """An adapter of this name is already there."""
+
+
+class AdapterIdsError(LorakitError, ValueError):
+    """`adapter_ids` does not fit the batch."""
+
+
+class BankError(LorakitError, ValueError):
+    """The folder is no bank, its index is broken, or it was written by a newer lorakit."""
+
+
+class BankCorruptedError(BankError):
+    """Bytes of a bank are not what its index says."""
+
+
+class ConfigError(LorakitError, ValueError):
+    """A recipe's configuration has an unknown key or a value that cannot be."""
+
+
+class MissingDependencyError(LorakitError, ImportError):
+    """An optional package is needed for what was asked."""
+
+
+class PoolFullError(LorakitError, MemoryError):
+    """The adapters of one batch do not fit the memory set aside for adapters."""
