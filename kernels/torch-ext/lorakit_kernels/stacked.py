@@ -1,0 +1,103 @@
+"""Segmented LoRA by stacked matrix products, in plain torch: the path for the CPU, and for any device without kernels.
+
+The factors of a batch's adapters are stacked once, when the batch is formed; every forward then takes two batched
+products a module, whatever the number of adapters. Per token at a module of one stack with S segments of k rows:
+
+    bytes       S·r·(in + out)·4 for the factors, S·k·(2·in + 3·out)·4 for x and y: the factors dominate decoding
+    operations  2·S·k·r·(in + out)
+
+A row's adapter is selected, never multiplied by a mask: NaN in one adapter reaches no other adapter's rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Segments of one batch at one module that share a rank and a number of rows.
+
+    A row here is one of the batch's `n` entries (a sequence); it brings t tokens, t being the same for all rows.
+
+    Attributes:
+        n: rows of the batch.
+        index: (S·k,) int64, the rows in segment order, short segments padded by repeating a row of theirs; None when
+            the segments are all rows in order.
+        keep: (m,) int64, positions in `index` that are no padding; None without padding.
+        target: (m,) int64, the rows that those positions are: `index[keep]`; None when `index` is.
+        a: (S, r, in) in the compute dtype; an embedding's as (S, V, r). None for segments with no factors.
+        b: (S, r, out), the scale multiplied in; None together with `a`.
+        c: (S, 1, out) or None for ones.
+        d: (S, 1, out) or None for zeros.
+    """
+
+    n: int
+    index: Tensor | None
+    keep: Tensor | None
+    target: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    c: Tensor | None
+    d: Tensor | None
+
+
+def stacked_lora(y: Tensor, x: Tensor, stack: Stack, *, embedding: bool = False) -> Tensor:
+    """Applies y ← c ⊙ (y + s · B A x) + d to the rows of a stack.
+
+    Args:
+        y: (..., out), what the base's module returned; n·t tokens, row-major. It may be overwritten.
+        x: (..., in), what the module was given; for an embedding the token ids (...) of any integer dtype.
+        stack: the segments and their factors.
+        embedding: whether x holds ids to look up in A.
+
+    Returns:
+        A tensor of y's shape and dtype. Rows outside the stack are y's, bit for bit.
+    """
+    rows = y.reshape(stack.n, -1, y.shape[-1])  # (n, t, out)
+    taken = rows if stack.index is None else rows.index_select(0, stack.index)
+    segments = next(s.shape[0] for s in (stack.b, stack.c, stack.d) if s is not None)
+    result = taken.reshape(segments, -1, y.shape[-1])  # (S, k·t, out)
+
+    if stack.a is not None and stack.b is not None:
+        compute = stack.b.dtype
+        h = _look_up(x, stack) if embedding else _shrink(x, stack)  # (S, k·t, r)
+        # One pass over y; out of place only where y's dtype is too narrow to add in.
+        result = torch.baddbmm(result, h, stack.b) if result.dtype == compute else result.to(compute) + h @ stack.b
+    if stack.c is not None:
+        result = result * stack.c
+    if stack.d is not None:
+        result = result + stack.d
+
+    result = result.to(y.dtype)
+    if stack.index is None or stack.target is None:
+        return result.reshape(y.shape)
+    result = result.reshape(taken.shape)
+    if stack.keep is not None:
+        result = result.index_select(0, stack.keep)
+    return rows.index_copy(0, stack.target, result).reshape(y.shape)
+
+
+def _shrink(x: Tensor, stack: Stack) -> Tensor:
+    """x Aᵀ of each segment: (S, k·t, r)."""
+    a = stack.a
+    assert a is not None
+    rows = x.reshape(stack.n, -1, x.shape[-1])
+    if stack.index is not None:
+        rows = rows.index_select(0, stack.index)
+    return torch.bmm(rows.reshape(a.shape[0], -1, a.shape[2]).to(a.dtype), a.transpose(1, 2))
+
+
+def _look_up(ids: Tensor, stack: Stack) -> Tensor:
+    """A's columns of each segment's tokens: (S, k·t, r)."""
+    a = stack.a
+    assert a is not None
+    rows = ids.reshape(stack.n, -1)
+    if stack.index is not None:
+        rows = rows.index_select(0, stack.index)
+    segments, vocabulary, rank = a.shape
+    offset = torch.arange(segments, device=ids.device).unsqueeze(1) * vocabulary
+    return torch.nn.functional.embedding(rows.reshape(segments, -1) + offset, a.reshape(-1, rank))

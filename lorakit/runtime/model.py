@@ -1,0 +1,308 @@
+"""MultiLoraModel: one base model, and in every batch any mix of adapters.
+
+`forward` and `generate` are the base's own with one more argument, `adapter_ids`: an adapter's name for each row, or
+None for the base. Only public API of transformers is used. Knows names and modules; no request, no text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from lorakit.adapters import convert, fingerprint, names
+from lorakit.adapters.bank import AdapterBank
+from lorakit.adapters.base import BaseModel
+from lorakit.adapters.layout import Extent
+from lorakit.adapters.peft_reader import Source
+from lorakit.errors import (
+    AdapterExistsError,
+    AdapterIdsError,
+    AdapterNotFoundError,
+    BaseModelNotFoundError,
+)
+from lorakit.runtime.layers import AdaptedModule
+from lorakit.runtime.pool import AdapterPool, Slot
+from lorakit.runtime.routing import Routing
+
+AdapterIds: TypeAlias = str | Sequence[str | None] | None
+
+# Where a batch's rows are counted, in this order; whatever else is a tensor comes after.
+_ROW_INPUTS = ("input_ids", "inputs", "inputs_embeds", "encoder_outputs", "decoder_input_ids", "attention_mask")
+
+
+class MultiLoraModel(nn.Module):
+    """A transformers model that serves every adapter of a bank.
+
+    Two models never share state. Calls on one model from several threads take turns.
+
+    Attributes:
+        model: the base, its modules and weights as they were.
+        bank: the bank whose adapters it serves, or None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        bank: AdapterBank | str | os.PathLike[str] | None = None,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        adapter_memory: int | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the base, loaded (and quantised, compiled, placed) as you like.
+            bank: an open bank or its folder; its adapters are loaded to the device when first used.
+            adapter_dtype: dtype of the adapters on the device; None: the base's.
+            adapter_memory: bytes that adapters may take on the device; None: no limit. When it is full, the least
+                recently used adapters make room.
+
+        Raises:
+            BankError: the folder holds no bank.
+            BaseModelMismatchError: the bank was made for another base.
+        """
+        super().__init__()
+        if bank is not None and not isinstance(bank, AdapterBank):
+            bank = AdapterBank.from_pretrained(bank)
+        self._base = BaseModel.of(model)
+        if bank is not None:
+            fingerprint.check(self._base, bank.fingerprint, owner=f"the bank at {bank.path}")
+        self.model = model
+        self.bank = bank
+        self._lock = threading.RLock()
+        self._adapted: dict[str, AdaptedModule] = {}
+        self._local: dict[str, tuple[str, Extent]] = {}
+        self._unloaded: set[str] = set()
+        self._keys = itertools.count()
+        self._pool = AdapterPool(device=self.device, dtype=adapter_dtype or self.dtype, capacity=adapter_memory)
+        self._routing: Routing | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | os.PathLike[str],
+        bank: AdapterBank | str | os.PathLike[str],
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        adapter_memory: int | None = None,
+        **kwargs: Any,
+    ) -> MultiLoraModel:
+        """Loads a base and serves a bank on it.
+
+        Args:
+            base: a folder or a Hub id.
+            bank: an open bank or its folder.
+            adapter_dtype: see `MultiLoraModel`.
+            adapter_memory: see `MultiLoraModel`.
+            **kwargs: for the base's own `from_pretrained` (dtype, device_map, quantization_config, …).
+
+        Raises:
+            BaseModelNotFoundError: no such base, or transformers lacks the class that the bank was made for.
+        """
+        bank = bank if isinstance(bank, AdapterBank) else AdapterBank.from_pretrained(bank)
+        architecture = str(bank.fingerprint.get("architecture"))
+        model_class = getattr(transformers, architecture, None)
+        if model_class is None:
+            raise BaseModelNotFoundError(
+                f"transformers {transformers.__version__} has no {architecture}, which the bank at {bank.path} was "
+                "made for; load the base yourself and call MultiLoraModel(model, bank)."
+            )
+        try:
+            model = model_class.from_pretrained(base, **{"dtype": "auto", **kwargs})
+        except OSError as error:
+            raise BaseModelNotFoundError(f"the base model {str(base)!r} cannot be loaded: {error}") from error
+        return cls(model.eval(), bank, adapter_dtype=adapter_dtype, adapter_memory=adapter_memory)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names that `adapter_ids` may hold: the bank's and those loaded into this model."""
+        banked = () if self.bank is None else self.bank.names
+        return [*(name for name in banked if name not in self._unloaded and name not in self._local), *self._local]
+
+    @property
+    def config(self) -> Any:
+        """The base's config."""
+        return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base's generation config."""
+        return self.model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base takes its inputs."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's floating-point dtype."""
+        return self.model.dtype
+
+    # The batch is set up in eager mode; the base inside is compiled as it stands.
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *args: Any, adapter_ids: AdapterIds = None, **kwargs: Any) -> Any:
+        """The base's forward, each row through its adapter.
+
+        Args:
+            *args: as the base takes them.
+            adapter_ids: a name or None for each row; one name for all rows; None for the base alone.
+            **kwargs: as the base takes them.
+
+        Raises:
+            AdapterIdsError: as many ids as rows are needed.
+            AdapterNotFoundError: a name that is neither in the bank nor loaded.
+        """
+        with self._batch(adapter_ids, args, kwargs):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_ids: AdapterIds = None, **kwargs: Any) -> Any:
+        """The base's `generate`, each row through its adapter.
+
+        A row is a prompt: its beams and returned sequences use its adapter. Arguments and errors as in `forward`.
+        """
+        with self._batch(adapter_ids, args, kwargs):
+            return self.model.generate(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the base in place, as `nn.Module.compile` does; adapters keep working."""
+        self.model.compile(*args, **kwargs)
+
+    def load_adapter(self, name: str, source: Source | None = None) -> None:
+        """Adds an adapter to the living model, or brings one of the bank to the device ahead of its first use.
+
+        Args:
+            name: the name for `adapter_ids`.
+            source: a PEFT folder, a Hub id or a live `PeftModel`; None: the bank's adapter of that name. The bank on
+                disk is not changed (`AdapterBank.add` does that).
+
+        Raises:
+            AdapterExistsError: the name is taken.
+            AdapterNotFoundError: no source, and none in the bank.
+            CheckpointError, UnsupportedMethodError, …: as `lorakit.export` raises them; nothing is changed.
+        """
+        names.check_name(name)
+        if source is None:
+            with self._lock:
+                if self.bank is None or name not in self.bank:
+                    raise self._unknown(name)
+                self._unloaded.discard(name)
+                self._slot(name, keep=())
+            return
+        if name in self.adapters:
+            raise AdapterExistsError(f"the model already serves an adapter {name!r}; unload_adapter({name!r}) first.")
+        form = convert.convert(name, source, self._base)
+        with self._lock:
+            self._local[name] = f"local-{next(self._keys)}", Extent.of_form(form)
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes an adapter out of the model and frees its memory; the bank on disk keeps it.
+
+        Raises:
+            AdapterNotFoundError: the model does not serve it.
+        """
+        with self._lock:
+            if name not in self.adapters:
+                raise self._unknown(name)
+            self._routing = None
+            self._pool.drop(self._key(name))
+            if self._local.pop(name, None) is None:
+                self._unloaded.add(name)
+
+    @contextmanager
+    def _batch(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Sets the rows' adapters for what runs inside, and takes them away again whatever happens there."""
+        with self._lock:
+            slots = self._slots(adapter_ids, args, kwargs)
+            if not any(slots):
+                yield
+                return
+            if self._routing is None or self._routing.slots != slots:
+                self._routing = None  # frees the last batch's stacks before the next are made
+                self._adapt(slots)
+                compute = torch.promote_types(self.dtype, torch.float32)
+                self._routing = Routing(slots, self._adapted, dtype=compute)
+            used = [(self._adapted[path], stacks) for path, stacks in self._routing.stacks.items()]
+            try:
+                for module, stacks in used:
+                    module.stacks = stacks
+                yield
+            finally:
+                for module, _ in used:
+                    module.stacks = ()
+
+    def _slots(
+        self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Slot | None, ...]:
+        """Checks `adapter_ids` whole, then brings every adapter it names to the device."""
+        if adapter_ids is None:
+            return ()
+        rows = _count_rows(args, kwargs)
+        ids = [adapter_ids] * rows if isinstance(adapter_ids, str) else list(adapter_ids)
+        if len(ids) != rows:
+            raise AdapterIdsError(
+                f"adapter_ids has {len(ids)} entries for a batch of {rows} rows; give one a row (None for the base)."
+            )
+        serving = set(self.adapters)
+        for name in dict.fromkeys(ids):
+            if name is not None and not isinstance(name, str):
+                raise AdapterIdsError(f"adapter_ids holds {name!r}; an entry is an adapter's name or None.")
+            if name is not None and name not in serving:
+                raise self._unknown(name)
+        if self._pool.device != self.device:
+            self._routing = None
+            self._pool = AdapterPool(device=self.device, dtype=self._pool.dtype, capacity=self._pool.capacity)
+        distinct = [name for name in dict.fromkeys(ids) if name is not None]
+        slots = {name: self._slot(name, keep=distinct) for name in distinct}
+        return tuple(None if name is None else slots[name] for name in ids)
+
+    def _slot(self, name: str, keep: Sequence[str]) -> Slot:
+        """The adapter's slot, loaded if it is not resident."""
+        key = self._key(name)
+        slot = self._pool.get(key)
+        if slot is None:
+            slot = self._pool.put(key, self._extent(name), keep=[self._key(other) for other in keep])
+        return slot
+
+    def _extent(self, name: str) -> Extent:
+        if name in self._local:
+            return self._local[name][1]
+        assert self.bank is not None
+        return self.bank.read(name)
+
+    def _key(self, name: str) -> str:
+        """What an adapter's slot is kept under: its content, so that one replaced under its name is never served."""
+        if name in self._local:
+            return self._local[name][0]
+        assert self.bank is not None
+        return self.bank[name].sha256
+
+    def _adapt(self, slots: Sequence[Slot | None]) -> None:
+        """Hooks the modules that these adapters touch and that have no hook yet."""
+        for path in dict.fromkeys(path for slot in slots if slot is not None for path in slot.modules):
+            if path not in self._adapted:
+                self._adapted[path] = AdaptedModule(path, self.model.get_submodule(path))
+
+    def _unknown(self, name: object) -> AdapterNotFoundError:
+        return names.not_found(name, self.adapters, "the model")
+
+
+def _count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The batch's rows: the first axis of its first input. A `generate` without inputs starts one row."""
+    named = [kwargs[key] for key in _ROW_INPUTS if kwargs.get(key) is not None]
+    for value in (*args, *named, *kwargs.values()):
+        if isinstance(value, ModelOutput):
+            value = value[0]
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return 1
+
