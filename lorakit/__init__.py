@@ -10,6 +10,7 @@ The names below are imported when first used: `lorakit --help` need not wait for
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ __all__ = ["AdapterBank", "LorakitError", "MultiLoraModel", "export"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("lorakit")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'lorakit' has no attribute {name!r}")

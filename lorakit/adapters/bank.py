@@ -18,13 +18,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 from lorakit.adapters.entry import AdapterEntry, place_extras
 from lorakit.adapters.fields import content_key, is_utf8
@@ -35,6 +37,9 @@ from lorakit.adapters.layout import Extent, Layout, weight_dtype
 from lorakit.adapters.names import check_name, not_found
 from lorakit.adapters.shard import ShardFacts, ShardSeries, check_size, form_chunks, read_header, read_range
 from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedError, BankError
+
+if TYPE_CHECKING:
+    from lorakit.adapters.peft_reader import Source
 
 INDEX_NAME = "bank.json"
 LOCK_NAME = ".lock"
@@ -153,7 +158,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         return self._index.base_id
 
     @property
-    def fingerprint(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """JSON facts that tell the base model from others, as given to `create`."""
         return self._index.fingerprint
 
@@ -395,17 +400,55 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                     if not known:
                         _check_new(name, taken, index, overwrite)
                     made = form if isinstance(form, AdapterForm) else form()
-                    made.check_finite(name)
                     entry = shared.entry(name, made, source)
                     longest = max(map(len, known[count:]), default=len(name) if known else len(name) + 8)
                     # Of an iterable of unknown length a hundred more are expected: what that wastes is small.
-                    series.add(entry, form_chunks(entry, made), len(known) - count if known else 100, longest)
+                    more = len(known) - count if known else 100
+                    series.add(entry, form_chunks(entry, made), more, longest, partial(made.check_finite, name))
                     if progress:
                         progress(name, entry.stored_nbytes)
                 added, shards = series.finish()
                 if added:
                     adapters = {**index.adapters, **{entry.name: entry for entry in added}}
                     self._replace_index(index.changed(adapters, shards))
+
+    def add(
+        self,
+        name: str,
+        source: Source,
+        *,
+        base_model: str | os.PathLike[str] | nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Adds a PEFT checkpoint of the bank's base model.
+
+        Args:
+            name: the adapter's name.
+            source: a folder that PEFT saved, a Hub id, or a live `peft.PeftModel`.
+            base_model: the base as a folder, a Hub id or a live model; None: where the bank says that it is.
+            dtype: what A and B are stored in; None: the checkpoint's own.
+            overwrite: replace an adapter of this name.
+
+        Raises:
+            AdapterNameError: a name that cannot be.
+            AdapterExistsError: a name that is in the bank already, without `overwrite`.
+            BaseModelNotFoundError, BaseModelMismatchError: the base is not there, or is not the bank's.
+            CheckpointError, UnsupportedMethodError, …: as `lorakit.export` raises them.
+            BankError: the bank's index is damaged, or the folder cannot be written.
+        """
+        # Only here, as in `export_peft`.
+        from lorakit.adapters import fingerprint
+        from lorakit.adapters.base import BaseModel
+        from lorakit.adapters.convert import convert
+        from lorakit.adapters.peft_reader import describe
+
+        _check_new(name, set(), self._index, overwrite)
+        architecture = str(self.fingerprint.get("architecture") or "") or None
+        base = BaseModel.of(self.base_id if base_model is None else base_model, architecture=architecture)
+        fingerprint.check(base, self.fingerprint, owner=f"the bank {str(self.path)!r}")
+        form = convert(name, source, base, dtype)
+        self.add_forms([(name, form, describe(source))], overwrite=overwrite)
 
     def remove(self, *names: str) -> None:
         """Removes adapters, all or none. Shards that hold no adapter any more are deleted.

@@ -59,13 +59,21 @@ class BaseModel:
         self._weights = weights
 
     @classmethod
-    def of(cls, source: str | os.PathLike[str] | nn.Module, *, task_type: str | None = None) -> BaseModel:
+    def of(
+        cls,
+        source: str | os.PathLike[str] | nn.Module,
+        *,
+        task_type: str | None = None,
+        architecture: str | None = None,
+    ) -> BaseModel:
         """Opens a base model without loading its weights.
 
         Args:
-            source: a live model, a folder with a checkpoint, or a Hub id.
-            task_type: PEFT's task type of the adapters ("CAUSAL_LM", "SEQ_CLS", …); it decides the class, as it
-                did in training. None: the class that the checkpoint's config names. Not used for a live model.
+            source: a live model, whose class is what it is; or a folder with a checkpoint, or a Hub id, whose class
+                is decided by the first of these that is given.
+            architecture: a class of transformers, by name.
+            task_type: PEFT's task type of the adapters ("CAUSAL_LM", "SEQ_CLS", …), which decided it in training.
+                Without either it is the class that the checkpoint's config names.
 
         Raises:
             BaseModelNotFoundError: no such folder or Hub model, or its class is unknown to transformers.
@@ -74,7 +82,7 @@ class BaseModel:
             model = _unwrap_peft(source)
             return cls(model, _LiveWeights(model), str(getattr(model, "name_or_path", "") or ""))
         folder = _locate(str(source))
-        skeleton = _skeleton(folder, task_type)
+        skeleton = _skeleton(folder, task_type, architecture)
         return cls(skeleton, _CheckpointWeights(folder, skeleton), str(source))
 
     def weight(self, path: str) -> torch.Tensor:
@@ -189,11 +197,11 @@ def _locate(source: str) -> Path:
         ) from error
 
 
-def _skeleton(folder: Path, task_type: str | None) -> PreTrainedModel:
+def _skeleton(folder: Path, task_type: str | None, architecture: str | None) -> PreTrainedModel:
     """The model's modules on the meta device: shapes without weights."""
     try:
         config = AutoConfig.from_pretrained(folder)
-        model_class = _model_class(config, task_type)
+        model_class = _model_class(config, task_type, architecture)
         with torch.device("meta"):
             model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -205,9 +213,10 @@ def _skeleton(folder: Path, task_type: str | None) -> PreTrainedModel:
     return model
 
 
-def _model_class(config: PretrainedConfig, task_type: str | None) -> Any:
-    if task_type in _AUTO_CLASSES:
+def _model_class(config: PretrainedConfig, task_type: str | None, architecture: str | None) -> Any:
+    if architecture is None and task_type in _AUTO_CLASSES:
         return _AUTO_CLASSES[task_type]
-    if not config.architectures:
+    names = [architecture] if architecture else config.architectures or []
+    if not names:
         raise ValueError("its config.json names no architecture")
-    return getattr(transformers, config.architectures[0])
+    return getattr(transformers, names[0])

@@ -83,7 +83,8 @@ def _named(adapters: Mapping[str, Source] | Sequence[Source]) -> dict[str, Sourc
         check_name(name)
         if name in named:
             raise AdapterExistsError(
-                f"two sources would be called {name!r}: {describe(named[name])} and {describe(source)}; give them names, as name=source."
+                f"two sources would be called {name!r}, {describe(named[name])} and {describe(source)}; "
+                "name them apart, as a mapping (`lorakit export NAME=SOURCE`)."
             )
         named[name] = source
     return named

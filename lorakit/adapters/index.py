@@ -45,7 +45,7 @@ class Index:
     """
 
     base_id: str
-    fingerprint: Mapping[str, Any]
+    fingerprint: dict[str, Any]
     next_shard: int = 1
     shards: Mapping[str, ShardFacts] = field(default_factory=dict)
     adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Index:
         parts = {
             "format_version": str(FORMAT_VERSION),
             "lorakit_version": json.dumps(_lorakit_version()),
-            "base": _indented({"id": self.base_id, "fingerprint": dict(self.fingerprint)}),
+            "base": _indented({"id": self.base_id, "fingerprint": self.fingerprint}),
             "next_shard": str(self.next_shard),
             "shards": _table(facts),
             "layouts": _table(dict(sorted(layouts.items())), _layout_text),

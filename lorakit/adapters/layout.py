@@ -339,6 +339,12 @@ class Extent:
         end = layout.nbytes(dtype)
         return cls(layout, buffer[:cut].view(dtype), buffer[cut:end].view(torch.float32))
 
+    @classmethod
+    def of_form(cls, form: AdapterForm) -> Extent:
+        """Copies a form into a fresh extent, without loss."""
+        layout = Layout.of(form)
+        return cls(layout, *layout.pack(form, weight_dtype(form)))
+
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""

@@ -42,12 +42,11 @@ def place_of(module: nn.Module) -> Place | None:
         return Place("embedding", module.num_embeddings, module.embedding_dim, transposed=True)
     if isinstance(module, Conv1D):
         return Place("linear", module.nx, module.nf, transposed=True)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    # A bilinear layer and its like have no plain `in_features`; a container that only reports sizes has no weight.
-    if all(isinstance(size, int) for size in sizes) and any(True for _ in module.parameters(recurse=False)):
-        return Place("linear", *sizes, transposed=False)
-    if all(isinstance(size, int) for size in sizes) and any(True for _ in module.buffers(recurse=False)):
-        return Place("linear", *sizes, transposed=False)
+    width, height = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    # A container may report sizes too; what multiplies has tensors of its own, packed ones in buffers.
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if isinstance(width, int) and isinstance(height, int) and own:
+        return Place("linear", width, height, transposed=False)
     return None
 
 

@@ -5,8 +5,8 @@ file, which would scatter an adapter, and wants all of them in memory. So the he
 
 A shard is written front to back, one adapter in memory at a time, while its header, which comes first, is only known
 at the end. So the writer leaves an area for the header, as large as the adapters to come should need, and fills what
-remains with spaces, which the format allows. When the area or the shard is full, the next shard begins. For adapters
-of one recipe the estimate is exact, so adding a single one wastes nothing.
+remains with spaces, which the format allows. When the area or the shard is full, the next shard begins. The estimate
+is the first adapter's need times their number, so adding a single one wastes nothing.
 
 Knows entries, bytes and files; knows no index.
 """
@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,8 @@ HEADER_LIMIT = 100_000_000
 """The largest header that the safetensors library reads."""
 
 _ALIGNMENT = 64  # Where adapters begin in a shard: a cache line, and more than any kernel asks for.
+_SLACK = 256 << 10  # Bytes of header left for adapters that have more modules than the first of a batch.
+_HELD_BYTES = 1 << 30  # Adapters waiting for their hash hold about this much memory at most.
 _METADATA = '{"__metadata__":{"format":"pt"}'
 
 
@@ -108,7 +110,9 @@ def form_chunks(entry: AdapterEntry, form: AdapterForm) -> list[memoryview]:
     return chunks
 
 
-def _hash(chunks: Iterable[memoryview]) -> str:
+def _checked_hash(check: Callable[[], None] | None, chunks: Iterable[memoryview]) -> str:
+    if check:
+        check()
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -169,8 +173,8 @@ class _Shard:
 class ShardSeries:
     """Writes adapters one after another into as many new shards as they need.
 
-    A context. Hashes are computed in threads while the writing goes on (hashlib releases the GIL), so a few adapters'
-    tensors are held until their hash is there. What it leaves behind after an error is no part of the bank, as no
+    A context. Checks and hashes run in threads while the writing goes on (torch and hashlib release the GIL), so a few
+    adapters' tensors are held until theirs are done. What it leaves behind after an error is no part of the bank, as no
     index names it; sweeping it away is the bank's part, which alone knows whether the index was replaced by then.
 
     Args:
@@ -186,6 +190,7 @@ class ShardSeries:
         self._shards: list[_Shard] = []
         self._facts: dict[str, ShardFacts] = {}
         self._hashing: deque[tuple[AdapterEntry, Future[str]]] = deque()
+        self._held = 0
         self._entries: list[AdapterEntry] = []
         self._workers = min(4, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="lorakit-hash")
@@ -200,7 +205,14 @@ class ShardSeries:
         for shard in self._shards:
             shard.close()
 
-    def add(self, entry: AdapterEntry, chunks: Sequence[memoryview], more: int, longest_name: int) -> None:
+    def add(
+        self,
+        entry: AdapterEntry,
+        chunks: Sequence[memoryview],
+        more: int,
+        longest_name: int,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         """Writes one adapter.
 
         Args:
@@ -208,8 +220,10 @@ class ShardSeries:
             chunks: the bytes of its range. They must stay as they are until `finish`.
             more: how many adapters will follow, as far as is known; sizes the area of the header.
             longest_name: the length of the longest name among them.
+            check: raises if the adapter must not be added. It runs beside the writing, so its error may come from a
+                later call, at the latest from `finish`.
         """
-        digest = self._pool.submit(_hash, chunks)
+        digest = self._pool.submit(_checked_hash, check, chunks)
         is_open = len(self._shards) > len(self._facts)
         placed = self._shards[-1].add(entry, chunks, self._shard_bytes) if is_open else None
         if placed is None:
@@ -219,7 +233,8 @@ class ShardSeries:
         assert placed is not None, "a new shard takes the adapter it was sized for"
         self._hashing.append((placed, digest))
         # Bounds what is held in memory.
-        while len(self._hashing) > self._workers:
+        self._held += entry.stored_nbytes
+        while len(self._hashing) > self._workers or (self._held > _HELD_BYTES and len(self._hashing) > 1):
             self._collect()
 
     def finish(self) -> tuple[list[AdapterEntry], dict[str, ShardFacts]]:
@@ -235,6 +250,7 @@ class ShardSeries:
 
     def _collect(self) -> None:
         entry, digest = self._hashing.popleft()
+        self._held -= entry.stored_nbytes
         self._entries.append(replace(entry, sha256=digest.result()))
 
     def _close_shard(self) -> None:
@@ -243,15 +259,15 @@ class ShardSeries:
 
     def _open_shard(self, entry: AdapterEntry, more: int, longest_name: int) -> None:
         count = 1 + min(more, self._shard_bytes // max(1, entry.stored_nbytes))
-        # Measured at the far end of the shard, where offsets have the most digits, and with the gap before it.
+        # Measured where the last one would lie, as its offsets have the most digits, and with the gap before it.
         example = replace(entry, name="x" * max(longest_name, len(entry.name)))
-        each = len(header_entries(example, max(self._shard_bytes, entry.stored_nbytes))) + len(example.name) + 96
+        each = len(header_entries(example, (count - 1) * _aligned(entry.stored_nbytes))) + len(example.name) + 96
         if each + 64 > HEADER_LIMIT:
             raise BankError(
                 f"adapter {entry.name!r} has too many modules for the header of a safetensors file: "
                 "split it into several adapters."
             )
-        area = min(len(_METADATA) + 1 + count * each, HEADER_LIMIT - 64)
+        area = min(len(_METADATA) + 1 + count * each + (_SLACK if more else 0), HEADER_LIMIT - 64)
         number = self._first + len(self._shards)
         self._shards.append(_Shard(self._folder / shard_name(number), area))
 
@@ -328,6 +344,8 @@ def read_header(path: Path, nbytes: int) -> dict[str, tuple[str, tuple[int, ...]
         raise BankCorruptedError(f"the file has {size} bytes instead of {nbytes}")
     try:
         header = json.loads(text)
+        if header["__metadata__"] != {"format": "pt"}:
+            raise ValueError
         tensors = {name: _header_tensor(value, 8 + length) for name, value in header.items() if name != "__metadata__"}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BankCorruptedError("its header is no safetensors header") from error

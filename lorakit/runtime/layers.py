@@ -51,8 +51,10 @@ class AdaptedModule:
     @property
     def output_scale(self) -> float:
         """What the module multiplies its product by: Gemma's embeddings do, and PEFT scales the adapter alike."""
-        scale = getattr(self._module, "embed_scale", None) if self._embedding else None
-        return 1.0 if scale is None else float(torch.as_tensor(scale).to(self._module.weight.dtype))
+        scale = getattr(self._module, "embed_scale", None)
+        if not isinstance(self._module, nn.Embedding) or scale is None:
+            return 1.0
+        return float(torch.as_tensor(scale).to(self._module.weight.dtype))
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor) -> torch.Tensor:
         """Adds the adapters' share to y (..., out) for x (..., in), both row-major over the batch's rows."""

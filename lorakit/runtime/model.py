@@ -58,11 +58,11 @@ class MultiLoraModel(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         adapter_memory: int | None = None,
     ) -> None:
-        """
-        Args:
+        """Args:
             model: the base, loaded (and quantised, compiled, placed) as you like.
             bank: an open bank or its folder; its adapters are loaded to the device when first used.
-            adapter_dtype: dtype of the adapters on the device; None: the base's.
+            adapter_dtype: dtype of A and B on the device. None: as stored, which gives PEFT's outputs; where PEFT
+                saved fp32 (its default), the dtype of a 16-bit base halves their bytes and rounds them.
             adapter_memory: bytes that adapters may take on the device; None: no limit. When it is full, the least
                 recently used adapters make room.
 
@@ -83,7 +83,7 @@ class MultiLoraModel(nn.Module):
         self._local: dict[str, tuple[str, Extent]] = {}
         self._unloaded: set[str] = set()
         self._keys = itertools.count()
-        self._pool = AdapterPool(device=self.device, dtype=adapter_dtype or self.dtype, capacity=adapter_memory)
+        self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._routing: Routing | None = None
 
     @classmethod
@@ -240,9 +240,7 @@ class MultiLoraModel(nn.Module):
                 for module, _ in used:
                     module.stacks = ()
 
-    def _slots(
-        self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Slot | None, ...]:
+    def _slots(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Slot | None, ...]:
         """Checks `adapter_ids` whole, then brings every adapter it names to the device."""
         if adapter_ids is None:
             return ()
@@ -305,4 +303,3 @@ def _count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             return value.shape[0]
     return 1
-

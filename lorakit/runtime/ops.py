@@ -1,4 +1,4 @@
-"""The operations of the runtime, and the only importer of `lorakit_kernels`: which backend computes an adapter's share."""
+"""The runtime's operations: which backend computes the adapters' share. The only importer of `lorakit_kernels`."""
 
 from lorakit_kernels import Stack, stacked_lora
 

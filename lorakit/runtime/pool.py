@@ -35,12 +35,11 @@ class Slot:
 class AdapterPool:
     """Slots by name, least recently used first."""
 
-    def __init__(self, *, device: torch.device, dtype: torch.dtype, capacity: int | None = None) -> None:
-        """
-        Args:
-            device: where the slots live.
-            dtype: A's and B's dtype there.
-            capacity: bytes that all slots together may take; None for no limit.
+    def __init__(self, *, device: torch.device, dtype: torch.dtype | None = None, capacity: int | None = None) -> None:
+        """Args:
+        device: where the slots live.
+        dtype: A's and B's dtype there; None keeps each adapter's own.
+        capacity: bytes that all slots together may take; None for no limit.
         """
         self.device = device
         self.dtype = dtype
@@ -74,9 +73,10 @@ class AdapterPool:
         Raises:
             PoolFullError: it does not fit beside what must stay.
         """
-        nbytes = extent.layout.nbytes(self.dtype)
+        dtype = self.dtype or extent.dtype
+        nbytes = extent.layout.nbytes(dtype)
         self._make_room(name, nbytes, {name, *keep})
-        weights = extent.weights.to(self.device, self.dtype, copy=True)
+        weights = extent.weights.to(self.device, dtype, copy=True)
         slot = Slot(name, extent.layout.views(weights, extent.vectors.to(self.device, copy=True)), nbytes)
         self._slots[name] = slot
         self._slots.move_to_end(name)

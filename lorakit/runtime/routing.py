@@ -94,7 +94,11 @@ class _Stacker:
             self._indices[rows, device] = _index(rows, self._n, device)
         index, keep, target = self._indices[rows, device]
         # Scaled in the compute dtype: the scale is not rounded to B's.
-        b = [form.b.to(device, self._dtype).T * (form.scale * module.output_scale) for form in forms if form.b is not None]
+        b = [
+            form.b.to(device, self._dtype).T * (form.scale * module.output_scale)
+            for form in forms
+            if form.b is not None
+        ]
         c, d = self._stacked([form.c for form in forms], device), self._stacked([form.d for form in forms], device)
         return Stack(
             n=self._n,
