@@ -21,7 +21,7 @@ LAYERS = (
     ("engine",),
     ("scheduler",),
     ("server",),
-    ("embedded",),
+    ("chat", "console", "embedded"),
     ("recipes", "workloads"),
     ("bench", "demo", "quickstart"),
     ("cli",),

@@ -35,7 +35,15 @@ from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.index import Index
 from lorakit.adapters.layout import Extent, Layout, weight_dtype
 from lorakit.adapters.names import check_name, not_found
-from lorakit.adapters.shard import ShardFacts, ShardSeries, check_size, form_chunks, read_header, read_range
+from lorakit.adapters.shard import (
+    ShardFacts,
+    ShardSeries,
+    check_size,
+    form_chunks,
+    read_header,
+    read_range,
+    shard_number,
+)
 from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedError, BankError
 
 if TYPE_CHECKING:
@@ -583,10 +591,10 @@ class AdapterBank(Mapping[str, AdapterEntry]):
     def _sweep(self) -> None:
         """Deletes shards that the index does not name, and unfinished files. Only under the lock."""
         for path in self.path.iterdir():
-            name = path.name
-            ours = name.startswith("bank-") and name.endswith(".safetensors") and name not in self._index.shards
-            unfinished = name.startswith(("bank-", INDEX_NAME)) and name.endswith(TEMPORARY)
-            if ours or unfinished:
+            whole = path.name.removesuffix(TEMPORARY)
+            ours = whole == INDEX_NAME or shard_number(whole) is not None
+            named = path.name == INDEX_NAME or path.name in self._index.shards
+            if ours and not named:
                 # What cannot be deleted now is deleted by a later sweep.
                 with suppress(OSError):
                     path.unlink()

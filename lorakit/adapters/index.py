@@ -21,12 +21,11 @@ from lorakit.adapters.entry import AdapterEntry, ExtraTensor
 from lorakit.adapters.fields import LIMIT, Fields, compact_json, content_key
 from lorakit.adapters.layout import Layout
 from lorakit.adapters.names import is_name
-from lorakit.adapters.shard import ShardFacts
+from lorakit.adapters.shard import ShardFacts, shard_number
 from lorakit.errors import BankError
 
 FORMAT_VERSION = 1
 
-_SHARD = re.compile(r"bank-([0-9]{4,9})\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
 
@@ -161,8 +160,8 @@ class Index:
         shards = {name: _shard(facts) for name, facts in _objects(root.object("shards"))}
         next_shard = root.count("next_shard", least=1)
         for name in shards:
-            match = _SHARD.fullmatch(name)
-            if not match or int(match[1]) >= next_shard:
+            number = shard_number(name)
+            if number is None or number >= next_shard:
                 raise BankError(f"{name!r} is no name of a shard")
         tables = _Tables(
             layouts=_by_key(root, "layouts", Layout.from_json),

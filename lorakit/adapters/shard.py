@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,7 @@ HEADER_LIMIT = 100_000_000
 """The largest header that the safetensors library reads."""
 
 _ALIGNMENT = 64  # Where adapters begin in a shard: a cache line, and more than any kernel asks for.
+_NAME = re.compile(r"bank-([0-9]{4,9})\.safetensors")
 _SLACK = 256 << 10  # Bytes of header left for adapters that have more modules than the first of a batch.
 _HELD_BYTES = 1 << 30  # Adapters waiting for their hash hold about this much memory at most.
 _METADATA = '{"__metadata__":{"format":"pt"}'
@@ -59,6 +61,12 @@ class ShardFacts:
 def shard_name(number: int) -> str:
     """The file name of the n-th shard."""
     return f"bank-{number:04d}.safetensors"
+
+
+def shard_number(name: str) -> int | None:
+    """The number in a shard's file name; None for any other name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def _aligned(offset: int) -> int:

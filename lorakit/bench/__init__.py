@@ -1,0 +1,10 @@
+"""Benchmarks of lorakit on the machine at hand. Each measures its rivals in the same run and saves what it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lorakit.bench import bank_open, cpu_decode
+
+BENCHMARKS: Mapping[str, Callable[[Path], None]] = {"cpu-decode": cpu_decode.run, "bank-open": bank_open.run}

@@ -1,0 +1,292 @@
+"""The command `lorakit`. A user's mistake is one sentence on standard error and exit code 2, never a traceback.
+
+Each command imports what it needs when it runs: `--help` is immediate.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorakit.console import bar, human_bytes, make_console, table
+from lorakit.errors import AdapterIdsError, ConfigError, LorakitError
+
+app = typer.Typer(
+    name="lorakit",
+    help="Many PEFT adapters on one base model, any mix of them in one batch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Bank = Annotated[Path, typer.Argument(help="The bank's folder.", show_default=False)]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", "-b", help="The base model: a folder or a Hub id. By default the one that is recorded."),
+]
+
+
+@app.command()
+def export(
+    bank: Bank,
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="PEFT folders or Hub ids, each as NAME=SOURCE or SOURCE.", show_default=False),
+    ],
+    base: Base = None,
+    dtype: Annotated[str | None, typer.Option(help="Store A and B as float32, bfloat16 or float16.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add to a bank that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Pack PEFT checkpoints into a bank."""
+    from lorakit.adapters.bank import AdapterBank
+    from lorakit.adapters.export import export as export_bank
+
+    named = _named_sources(sources)
+    torch_dtype = _dtype(dtype)
+    with bar("export", len(named)) as step:
+        if add:
+            opened = AdapterBank.open(bank)
+            for name, source in named.items():
+                opened.add(name, source, base_model=base, dtype=torch_dtype, overwrite=overwrite)
+                step()
+        else:
+            opened = export_bank(named, bank, base_model=base, dtype=torch_dtype, overwrite=overwrite, progress=step)
+    _show(opened)
+
+
+@app.command()
+def inspect(
+    bank: Bank,
+    adapter: Annotated[str | None, typer.Argument(help="Show one adapter's modules.", show_default=False)] = None,
+) -> None:
+    """Show what a bank holds; only its index is read."""
+    from lorakit.adapters.bank import AdapterBank
+
+    opened = AdapterBank.open(bank)
+    if adapter is None:
+        _show(opened)
+        return
+    entry = opened[adapter]
+    rows = [[m.path, m.kind, m.in_features, m.out_features, m.rank, f"{m.scale:g}"] for m in entry.layout.modules]
+    title = f"{entry.name}: {entry.method}, {entry.dtype}, {human_bytes(entry.nbytes)}, from {entry.source}"
+    make_console().print(table(title, ["module", "kind", "in", "out", "rank", "scale"], rows))
+
+
+@app.command()
+def verify(
+    bank: Bank,
+    adapters: Annotated[list[str] | None, typer.Argument(help="Only these.", show_default=False)] = None,
+) -> None:
+    """Read a bank whole and compare it with its index: sizes, hashes, finite weights."""
+    from lorakit.adapters.bank import AdapterBank
+
+    opened = AdapterBank.open(bank)
+    with bar("verify", len(adapters or opened.names)) as step:
+        opened.verify(adapters or None, progress=step)
+    make_console().print(f"{len(adapters or opened.names)} adapters are sound.")
+
+
+@app.command()
+def remove(bank: Bank, adapters: Annotated[list[str], typer.Argument(show_default=False)]) -> None:
+    """Remove adapters from a bank and free their bytes."""
+    from lorakit.adapters.bank import AdapterBank
+
+    opened = AdapterBank.open(bank)
+    opened.remove(*adapters)
+    opened.compact()
+    _show(opened)
+
+
+@app.command("export-peft")
+def export_peft(
+    bank: Bank,
+    adapter: Annotated[str, typer.Argument(show_default=False)],
+    out: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+) -> None:
+    """Write an adapter of a bank back as a PEFT checkpoint."""
+    from lorakit.adapters.bank import AdapterBank
+
+    make_console().print(f"wrote {AdapterBank.open(bank).export_peft(adapter, out)}")
+
+
+@app.command()
+def generate(
+    bank: Bank,
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="An adapter; repeat it for more.", show_default=False)
+    ] = None,
+    with_base: Annotated[bool, typer.Option("--with-base", help="Let the base answer too.")] = False,
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+) -> None:
+    """Answer prompts by several adapters in one batch: every prompt by every adapter."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from lorakit import chat
+    from lorakit.adapters.bank import AdapterBank
+    from lorakit.runtime.model import MultiLoraModel
+
+    opened = AdapterBank.open(bank)
+    names: list[str | None] = [*(adapter or [] if with_base else adapter or opened.names)]
+    if with_base or not names:
+        names.append(None)
+    for name in names:
+        _ = name is None or opened[name]  # refuses an unknown one before the model is loaded
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = base or opened.base_id
+    if not source:
+        raise AdapterIdsError(f"the bank {bank} does not say where its base model is; give it with --base.")
+    with make_console(stderr=True).status("loading the base model"):
+        model = MultiLoraModel.from_pretrained(source, opened).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    rows = [(prompt, name) for prompt in prompts for name in names]
+    inputs = chat.encode(tokenizer, [prompt for prompt, _ in rows]).to(device)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    with bar(f"generate {len(rows)} rows", max_new_tokens) as step:
+        output = model.generate(
+            **inputs,
+            **sampling,
+            adapter_ids=[name for _, name in rows],
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=chat.each_token(step),
+        )
+    answers = chat.decode(tokenizer, output, inputs["input_ids"].shape[1])
+    shown = [[prompt, name or "(base)", answer] for (prompt, name), answer in zip(rows, answers, strict=True)]
+    make_console().print(table("", ["prompt", "adapter", "answer"], shown))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A recipe's YAML file.", show_default=False)],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, as KEY=VALUE; repeat it.", show_default=False)
+    ] = None,
+) -> None:
+    """Fine-tune an adapter by a recipe."""
+    _need("lorakit.recipes needs", ["trl", "datasets", "yaml", "matplotlib"], extra="train")
+    import yaml
+
+    from lorakit.recipes import FinetuneConfig
+    from lorakit.recipes.finetune import finetune
+
+    changes = {}
+    for item in set_ or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r} is no KEY=VALUE.")
+        changes[key] = yaml.safe_load(value)
+    settings = FinetuneConfig.from_yaml(config)
+    if changes:
+        settings = FinetuneConfig.from_dict({**settings.to_dict(), **changes})
+    folder = finetune(settings)
+    make_console().print(f"adapter in {folder}, its loss in {folder / 'loss.png'}")
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="Where runs, bank and results go.")] = Path("quickstart"),
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out inputs a tenant.")] = 24,
+) -> None:
+    """Fine-tune three tenants, pack them, and answer all of them in one batch. Minutes on a CPU."""
+    _need("the quickstart needs", ["trl", "datasets", "yaml", "matplotlib", "faker", "num2words"], extra="quickstart")
+    from lorakit.quickstart import quickstart as run
+
+    run(folder, held_out=held_out)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Where the results (JSON) and plots go.")] = Path("benchmarks"),
+) -> None:
+    """Measure speed and memory on this machine, side by side with PEFT."""
+    _need("benchmarks need", ["matplotlib", "psutil"], extra="bench")
+    from lorakit.bench import BENCHMARKS
+
+    unknown = sorted(set(names or []) - BENCHMARKS.keys())
+    if unknown:
+        raise ConfigError(f"there is no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}.")
+    for name in names or BENCHMARKS:
+        BENCHMARKS[name](out)
+
+
+def _named_sources(sources: list[str]) -> dict[str, str]:
+    """NAME=SOURCE or SOURCE → name → source; a name that comes twice is left for export to refuse."""
+    from lorakit.adapters.names import is_name
+    from lorakit.adapters.peft_reader import default_name
+    from lorakit.errors import AdapterExistsError
+
+    named: dict[str, str] = {}
+    for item in sources:
+        name, equals, source = item.partition("=")
+        if not equals or not (is_name(name) or not Path(item).exists()):
+            name, source = default_name(item), item
+        if name in named:
+            raise AdapterExistsError(f"two sources would be called {name!r}; name them apart, as NAME=SOURCE.")
+        named[name] = source
+    return named
+
+
+def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    from lorakit.adapters.convert import DTYPES
+
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {name!r} is unknown; use one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _show(bank: Any) -> None:
+    info = bank.info()
+    rows = [
+        [e.name, e.method, "/".join(map(str, e.ranks)), len(e.modules), str(e.dtype).removeprefix("torch.")]
+        + [human_bytes(e.nbytes), e.source]
+        for e in info.adapters
+    ]
+    dead = f", {human_bytes(info.dead_nbytes)} of it removed" if info.dead_nbytes else ""
+    title = f"{info.path}: {len(rows)} adapters of {info.base_id}, {human_bytes(info.nbytes)}{dead}"
+    columns = ["adapter", "method", "rank", "modules", "dtype", "size", "source"]
+    make_console().print(table(title, columns, rows))
+
+
+def _need(what: str, packages: list[str], *, extra: str) -> None:
+    import importlib.util
+
+    from lorakit.errors import MissingDependencyError
+
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(f"{what} {', '.join(missing)}: pip install 'lorakit[{extra}]'.")
+
+
+def main() -> None:
+    """The console script."""
+    # What the libraries below say of their own inner life is no news to a user of the command.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+    try:
+        app()
+    except LorakitError as error:
+        make_console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,47 @@
+"""What a person sees in a terminal: one console, tables, progress bars. Knows rich; knows no model and no bank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Step = Callable[..., None]
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console on standard output, or on standard error."""
+    return Console(stderr=stderr, highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table; columns whose values are numbers or sizes are aligned right."""
+    result = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(str(row[index])[:1].isdigit() for row in rows)
+        result.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*map(str, row))
+    return result
+
+
+def human_bytes(count: float) -> str:
+    """A size for people: 1,234,567 → "1.2 MB" (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+@contextmanager
+def bar(title: str, total: int | None) -> Iterator[Step]:
+    """A progress bar on standard error. What it gives is called once a step; its arguments are ignored."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=make_console(stderr=True)) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda *_: progress.advance(task)
