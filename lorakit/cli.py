@@ -249,11 +249,11 @@ def _dtype(name: str | None) -> Any:
 
 def _show(bank: Any) -> None:
     info = bank.info()
-    rows = [
-        [e.name, e.method, "/".join(map(str, e.ranks)), len(e.modules), str(e.dtype).removeprefix("torch.")]
-        + [human_bytes(e.nbytes), e.source]
-        for e in info.adapters
-    ]
+    rows = []
+    for entry in info.adapters:
+        ranks, dtype = "/".join(map(str, entry.ranks)), str(entry.dtype).removeprefix("torch.")
+        size = human_bytes(entry.nbytes)
+        rows.append([entry.name, entry.method, ranks, len(entry.modules), dtype, size, entry.source])
     dead = f", {human_bytes(info.dead_nbytes)} of it removed" if info.dead_nbytes else ""
     title = f"{info.path}: {len(rows)} adapters of {info.base_id}, {human_bytes(info.nbytes)}{dead}"
     columns = ["adapter", "method", "rank", "modules", "dtype", "size", "source"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -100,8 +101,9 @@ def _train(console: Console, task: Task, folder: Path) -> Path:
 
 def _bank(runs: Mapping[str, Path], path: Path, base: Path) -> AdapterBank:
     """The bank of these runs: the one that is there if it is newer than all of them, else a fresh one."""
-    from lorakit.adapters.bank import INDEX_NAME, AdapterBank
+    from lorakit.adapters.bank import AdapterBank
     from lorakit.adapters.export import export
+    from lorakit.adapters.folder import INDEX_NAME
 
     index = path / INDEX_NAME
     trained = max((run / "adapter_model.safetensors").stat().st_mtime for run in runs.values())
@@ -150,21 +152,21 @@ def _answer(
 
 
 def _score(tasks: Sequence[Task], rows: Sequence[_Row], answers: Sequence[str]) -> list[Score]:
-    right = [
-        next(task for task in tasks if task.name == row.task).check(answer, row.example)
-        for row, answer in zip(rows, answers, strict=True)
+    by_name = {task.name: task for task in tasks}
+    marks: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for row, answer in zip(rows, answers, strict=True):
+        marks[row.task, row.column].append(by_name[row.task].check(answer, row.example))
+
+    def share(task: str, column: str) -> float:
+        return sum(marks[task, column]) / len(marks[task, column])
+
+    others = {row.task: row.adapter or "" for row in rows if row.column == "other"}
+    return [
+        Score(
+            name, len(marks[name, "own"]), share(name, "base"), share(name, "own"), share(name, "other"), others[name]
+        )
+        for name in by_name
     ]
-    scores = []
-    for index, task in enumerate(tasks):
-        share = {}
-        for column in ("base", "own", "other"):
-            marks = [
-                mark for row, mark in zip(rows, right, strict=True) if (row.task, row.column) == (task.name, column)
-            ]
-            share[column] = sum(marks) / len(marks)
-        other = tasks[(index + 1) % len(tasks)].name
-        scores.append(Score(task.name, len(marks), share["base"], share["own"], share["other"], other))
-    return scores
 
 
 def _save(path: Path, scores: Sequence[Score], rows: Sequence[_Row], answers: Sequence[str]) -> None:

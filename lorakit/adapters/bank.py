@@ -1,87 +1,40 @@
 """AdapterBank: many adapters of one base model in a folder.
 
 A bank is `bank.json`, the index, and shards `bank-0001.safetensors`, …, in which every adapter lies in one contiguous
-byte range. Shards never change: adding writes new ones, and the change becomes true in one step when the index is
-replaced. Killed before it, the old bank is whole; after it, the new one. What a killed writer leaves behind is swept
-away by the next one. Writers take turns by a lock on `.lock`; readers need none.
+byte range. How changes stay whole is `folder.py`'s; this is what a bank's user sees.
 
-Knows files and tensors on the CPU; knows no PEFT key, no base model, no device.
+Knows adapters by name; knows no PEFT key, no device.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
-from lorakit.adapters.entry import AdapterEntry, place_extras
-from lorakit.adapters.fields import content_key, is_utf8
-from lorakit.adapters.files import TEMPORARY, NewFile, sync_folder, writing
+from lorakit.adapters.damage import WRONG_HASH, Damage, Progress, damages
+from lorakit.adapters.entry import AdapterEntry
+from lorakit.adapters.folder import BankFolder
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.index import Index
-from lorakit.adapters.layout import Extent, Layout, weight_dtype
+from lorakit.adapters.layout import Extent
 from lorakit.adapters.names import check_name, not_found
-from lorakit.adapters.shard import (
-    ShardFacts,
-    ShardSeries,
-    check_size,
-    form_chunks,
-    read_header,
-    read_range,
-    shard_number,
-)
+from lorakit.adapters.shard import ShardFacts, ShardSeries, form_chunks
+from lorakit.adapters.sharing import Sharing
 from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedError, BankError
 
 if TYPE_CHECKING:
     from lorakit.adapters.peft_reader import Source
 
-INDEX_NAME = "bank.json"
-LOCK_NAME = ".lock"
-INDEX_LIMIT = 1 << 29
-"""No index is larger than this (bytes): some hundred thousand adapters have room. Larger ones are not even read."""
-
-Progress = Callable[[str, int], None]
-"""Called with an adapter's name and its stored bytes, once it is done."""
-
 FormItem = tuple[str, AdapterForm | Callable[[], AdapterForm], str]
 """An adapter to add: its name, its form or a function that makes it, and where it comes from."""
-
-_WRONG_HASH = "its bytes do not match their sha256"
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One thing wrong with a bank's files.
-
-    Attributes:
-        shard: the file.
-        adapter: the adapter whose bytes it touches, or None where the file's header is wrong but the bytes may be well.
-        reason: what is wrong.
-    """
-
-    shard: str
-    adapter: str | None
-    reason: str
-
-    def __str__(self) -> str:
-        subject = f"adapter {self.adapter!r} in {self.shard}" if self.adapter else f"shard {self.shard}"
-        return f"{subject}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -114,9 +67,8 @@ class AdapterBank(Mapping[str, AdapterEntry]):
     through this object; `reload` reads it again.
     """
 
-    def __init__(self, path: Path, index: Index) -> None:
-        self.path = path
-        self._index = index
+    def __init__(self, folder: BankFolder) -> None:
+        self._folder = folder
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], *, base_id: str, fingerprint: Mapping[str, Any]) -> AdapterBank:
@@ -130,17 +82,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         Raises:
             BankError: the folder holds something already, or cannot be written.
         """
-        folder = Path(path)
-        _check_empty(folder)
-        index = Index(base_id, json.loads(json.dumps(dict(fingerprint))))
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        bank = cls(folder, index)
-        with bank._locked():
-            # Once more: another process may have been faster.
-            _check_empty(folder)
-            bank._replace_index(index)
-        return bank
+        return cls(BankFolder.create(Path(path), Index(base_id, json.loads(json.dumps(dict(fingerprint))))))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> AdapterBank:
@@ -149,7 +91,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         Raises:
             BankError: there is no bank, its index is damaged, or it was written by a newer lorakit.
         """
-        return cls(Path(path), _load_index(Path(path)))
+        return cls(BankFolder.open(Path(path)))
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike[str]) -> AdapterBank:
@@ -161,28 +103,33 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         return cls.open(path_or_id)
 
     @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self._folder.path
+
+    @property
     def base_id(self) -> str:
         """The base model's id or path."""
-        return self._index.base_id
+        return self._folder.index.base_id
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """JSON facts that tell the base model from others, as given to `create`."""
-        return self._index.fingerprint
+        return self._folder.index.fingerprint
 
     @property
     def names(self) -> list[str]:
         """The adapters' names, in the order added."""
-        return list(self._index.adapters)
+        return list(self._folder.index.adapters)
 
     def __len__(self) -> int:
-        return len(self._index.adapters)
+        return len(self._folder.index.adapters)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index.adapters
+        return name in self._folder.index.adapters
 
     def __getitem__(self, name: str) -> AdapterEntry:
         """What the index says of an adapter.
@@ -190,9 +137,9 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         Raises:
             AdapterNotFoundError: with the nearest names there are.
         """
-        entry = self._index.adapters.get(name)
+        entry = self._folder.index.adapters.get(name)
         if entry is None:
-            raise not_found(name, self._index.adapters, f"bank {str(self.path)!r}")
+            raise not_found(name, self._folder.index.adapters, f"bank {str(self.path)!r}")
         return entry
 
     def __repr__(self) -> str:
@@ -204,11 +151,11 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         Raises:
             BankError: as `open`.
         """
-        self._index = _load_index(self.path)
+        self._folder.reload()
 
     def info(self) -> BankInfo:
         """The bank in numbers, from the index alone."""
-        index = self._index
+        index = self._folder.index
         live = sum(index.live_nbytes().values())
         return BankInfo(
             path=self.path,
@@ -251,7 +198,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         assert buffer.dtype == torch.uint8 and buffer.dim() == 1 and buffer.is_contiguous(), "a flat uint8 buffer"
         assert buffer.numel() >= entry.nbytes, f"the buffer has {buffer.numel()} of {entry.nbytes} bytes"
         try:
-            read_range(self.path / entry.shard, entry.offset, buffer[: entry.nbytes])
+            self._folder.read_into(entry, buffer[: entry.nbytes])
         except BankCorruptedError as error:
             raise self._damaged(entry, str(error)) from error
         return Extent.of_bytes(entry.layout, entry.dtype, buffer)
@@ -278,16 +225,9 @@ class AdapterBank(Mapping[str, AdapterEntry]):
 
     def _read(self, entry: AdapterEntry, nbytes: int) -> torch.Tensor:
         try:
-            return self._read_bytes(entry, nbytes)
+            return self._folder.read(entry, nbytes)
         except BankCorruptedError as error:
             raise self._damaged(entry, str(error)) from error
-
-    def _read_bytes(self, entry: AdapterEntry, nbytes: int) -> torch.Tensor:
-        path = self.path / entry.shard
-        check_size(path, entry.offset + nbytes)
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
-        read_range(path, entry.offset, buffer)
-        return buffer
 
     def _damaged(self, entry: AdapterEntry, reason: str) -> BankCorruptedError:
         return BankCorruptedError(
@@ -309,20 +249,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             AdapterNotFoundError: no such adapter.
         """
         entries = list(self.values()) if names is None else [self[name] for name in names]
-        by_shard: dict[str, list[AdapterEntry]] = {}
-        for entry in entries:
-            by_shard.setdefault(entry.shard, []).append(entry)
-        found = []
-        # Hashing releases the GIL; each thread holds one adapter.
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="lorakit-verify") as pool:
-            for shard, members in by_shard.items():
-                found += self._header_damages(shard, members)
-                ordered = sorted(members, key=lambda entry: entry.offset)
-                for entry, damage in zip(ordered, pool.map(self._damage, ordered), strict=True):
-                    found += damage
-                    if progress:
-                        progress(entry.name, entry.stored_nbytes)
-        return found
+        return damages(self._folder, entries, progress)
 
     def verify(self, names: Iterable[str] | None = None, progress: Progress | None = None) -> None:
         """Reads the bank's files and makes sure that they are what the index says (see `damages`).
@@ -342,31 +269,6 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                 f"bank {str(self.path)!r} is damaged: {listed}. Restore the shards from a copy, or add these adapters "
                 "again with overwrite=True."
             )
-
-    def _header_damages(self, shard: str, entries: Sequence[AdapterEntry]) -> list[Damage]:
-        try:
-            header = read_header(self.path / shard, self._index.shards[shard].nbytes)
-        except BankCorruptedError as error:
-            return [Damage(shard, None, str(error))]
-        found = []
-        for entry in entries:
-            for name, code, shape, begin, end in entry.tensors():
-                if header.get(name) != (code, shape, entry.offset + begin, entry.offset + end):
-                    found.append(Damage(shard, entry.name, f"the shard's header has another place for {name}"))
-                    break
-        return found
-
-    def _damage(self, entry: AdapterEntry) -> list[Damage]:
-        try:
-            buffer = self._read_bytes(entry, entry.stored_nbytes)
-        except BankCorruptedError as error:
-            return [Damage(entry.shard, entry.name, str(error))]
-        if sha256(buffer.numpy().data).hexdigest() != entry.sha256:
-            return [Damage(entry.shard, entry.name, _WRONG_HASH)]
-        extent = Extent.of_bytes(entry.layout, entry.dtype, buffer)
-        if not (extent.weights.isfinite().all() and extent.vectors.isfinite().all()):
-            return [Damage(entry.shard, entry.name, "it holds NaN or Inf")]
-        return []
 
     # Writing
 
@@ -397,11 +299,11 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         """
         known = [name for name, _, _ in items] if isinstance(items, Sequence) else []
         _check_names(known)
-        with self._changing() as index:
+        with self._folder.changing() as index:
             taken: set[str] = set()
             for name in known:
                 _check_new(name, taken, index, overwrite)
-            shared = _Shared(index)
+            shared = Sharing(index)
             options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
             with ShardSeries(self.path, index.next_shard, **options) as series:
                 for count, (name, form, source) in enumerate(items, start=1):
@@ -418,7 +320,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                 added, shards = series.finish()
                 if added:
                     adapters = {**index.adapters, **{entry.name: entry for entry in added}}
-                    self._replace_index(index.changed(adapters, shards))
+                    self._folder.replace_index(index.changed(adapters, shards))
 
     def add(
         self,
@@ -451,7 +353,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         from lorakit.adapters.convert import convert
         from lorakit.adapters.peft_reader import describe
 
-        _check_new(name, set(), self._index, overwrite)
+        _check_new(name, set(), self._folder.index, overwrite)
         architecture = str(self.fingerprint.get("architecture") or "") or None
         base = BaseModel.of(self.base_id if base_model is None else base_model, architecture=architecture)
         fingerprint.check(base, self.fingerprint, owner=f"the bank {str(self.path)!r}")
@@ -468,11 +370,11 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             AdapterNotFoundError: no such adapter.
             BankError: the bank's index is damaged, or the folder cannot be written.
         """
-        with self._changing() as index:
+        with self._folder.changing() as index:
             for name in names:
                 self[name]
             kept = {name: entry for name, entry in index.adapters.items() if name not in names}
-            self._replace_index(index.changed(kept))
+            self._folder.replace_index(index.changed(kept))
 
     def compact(self, progress: Progress | None = None) -> int:
         """Rewrites the shards that hold removed adapters, without these.
@@ -487,7 +389,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             BankCorruptedError: an adapter that was to be moved is damaged; nothing is changed.
             BankError: the bank's index is damaged, or the folder cannot be written.
         """
-        with self._changing() as index:
+        with self._folder.changing() as index:
             live = index.live_nbytes()
             partly = {name for name, facts in index.shards.items() if live[name] < facts.payload_nbytes}
             moved = [entry for entry in index.adapters.values() if entry.shard in partly]
@@ -503,11 +405,11 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                 for entry in new:
                     old = index.adapters[entry.name]
                     if entry.sha256 != old.sha256:
-                        raise self._damaged(old, _WRONG_HASH)
+                        raise self._damaged(old, WRONG_HASH)
                 if new:
                     adapters = {**index.adapters, **{entry.name: entry for entry in new}}
-                    self._replace_index(index.changed(adapters, shards))
-        return _file_bytes(index.shards) - _file_bytes(self._index.shards)
+                    self._folder.replace_index(index.changed(adapters, shards))
+        return _file_bytes(index.shards) - _file_bytes(self._folder.index.shards)
 
     def export_peft(self, name: str, out_dir: str | os.PathLike[str]) -> Path:
         """Writes an adapter as a PEFT checkpoint, which appears whole or not at all.
@@ -525,112 +427,14 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             BankError: out_dir is not empty or cannot be written.
         """
         # Only here: it imports PEFT, which takes seconds, and opening a bank should not wait for that.
-        from lorakit.adapters.methods import restore
+        from lorakit.adapters.peft_writer import write_checkpoint
 
         out = Path(out_dir)
         self[name]
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BankError(f"{str(out)!r} is there already and not empty: choose another folder, or delete it.")
-        form = self.form(name)
-        tensors = {key: tensor.contiguous() for key, tensor in restore(form).items()}
-        config = json.dumps(form.config, indent=2, sort_keys=True)
-        temporary = out.parent / f".{out.name}.{os.getpid()}{TEMPORARY}"
-        with writing(out):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            try:
-                (temporary / "adapter_config.json").write_text(config, encoding="utf-8")
-                safetensors.torch.save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-                # Takes the place of an empty folder too.
-                os.replace(temporary, out)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        write_checkpoint(self.form(name), out)
         return out
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = FileLock(self.path / LOCK_NAME)
-        with writing(self.path):
-            try:
-                lock.acquire(timeout=2)
-            except Timeout:
-                _logger.warning("waiting for another writer of bank %s", self.path)
-                lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-    @contextmanager
-    def _changing(self) -> Iterator[Index]:
-        """Takes the lock; gives the index as it is on the disk now. Sweeps before, and after an error."""
-        if not (self.path / INDEX_NAME).is_file():
-            raise _no_bank(self.path)  # Not even the lock's file should appear there.
-        with self._locked():
-            self.reload()
-            self._sweep()
-            try:
-                yield self._index
-            except BaseException:
-                # The disk, not this object, says whether the change became true before the error.
-                with suppress(OSError, BankError):
-                    self.reload()
-                    self._sweep()
-                raise
-            self._sweep()
-
-    def _replace_index(self, index: Index) -> None:
-        # The shards' names must last before an index that relies on them does.
-        sync_folder(self.path)
-        with NewFile(self.path / INDEX_NAME) as file:
-            file.write(index.dump(), 0)
-            file.commit()
-        self._index = index
-        sync_folder(self.path)
-
-    def _sweep(self) -> None:
-        """Deletes shards that the index does not name, and unfinished files. Only under the lock."""
-        for path in self.path.iterdir():
-            whole = path.name.removesuffix(TEMPORARY)
-            ours = whole == INDEX_NAME or shard_number(whole) is not None
-            named = path.name == INDEX_NAME or path.name in self._index.shards
-            if ours and not named:
-                # What cannot be deleted now is deleted by a later sweep.
-                with suppress(OSError):
-                    path.unlink()
-
-
-class _Shared:
-    """Makes entries that share their layouts, configurations and extras with each other and with those there are."""
-
-    def __init__(self, index: Index) -> None:
-        self._layouts: dict[Layout, Layout] = {}
-        self._configs: dict[str, Mapping[str, Any]] = {}
-        self._extras: dict[Any, Any] = {}
-        for layout, config, extras in {
-            (id(entry.layout), id(entry.config), id(entry.extras)): (entry.layout, entry.config, entry.extras)
-            for entry in index.adapters.values()
-        }.values():
-            self._layouts.setdefault(layout, layout)
-            self._configs.setdefault(content_key(config), config)
-            self._extras.setdefault(extras, extras)
-
-    def entry(self, name: str, form: AdapterForm, source: str) -> AdapterEntry:
-        """The entry of a form, not placed yet."""
-        layout = Layout.of(form)
-        dtype = weight_dtype(form)
-        config = json.loads(json.dumps(dict(form.config)))
-        extras = place_extras(form.extras, layout.nbytes(dtype))
-        return AdapterEntry(
-            name=name,
-            method=form.method,
-            layout=self._layouts.setdefault(layout, layout),
-            config=self._configs.setdefault(content_key(config), config),
-            dtype=dtype,
-            extras=self._extras.setdefault(extras, extras),
-            source=source if is_utf8(source) else source.encode("utf-8", "replace").decode(),
-            uses_base_weights=form.uses_base_weights,
-        )
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -653,38 +457,3 @@ def _check_new(name: str, taken: set[str], index: Index | None, overwrite: bool)
 
 def _file_bytes(shards: Mapping[str, ShardFacts]) -> int:
     return sum(shard.nbytes for shard in shards.values())
-
-
-def _check_empty(folder: Path) -> None:
-    if (folder / INDEX_NAME).exists():
-        raise BankError(f"{str(folder)!r} is a bank already: open it with AdapterBank.open, or choose another folder.")
-    if folder.is_dir():
-        # What a killed `create` may have left is no reason to refuse.
-        others = sorted(path.name for path in folder.iterdir())
-        others = [name for name in others if name not in (LOCK_NAME, INDEX_NAME + TEMPORARY)]
-        if others:
-            raise BankError(f"{str(folder)!r} is not empty (it holds {others[0]!r}): choose an empty or a new folder.")
-    elif folder.exists():
-        raise BankError(f"{str(folder)!r} is a file: choose an empty or a new folder.")
-
-
-def _no_bank(folder: Path) -> BankError:
-    problem = "is no bank: it has no bank.json" if folder.is_dir() else "is no folder"
-    return BankError(f"{str(folder)!r} {problem}. Check the path, or make a bank with lorakit.export.")
-
-
-def _load_index(folder: Path) -> Index:
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        raise _no_bank(folder)
-    try:
-        # One byte more than is allowed, so that a file that grows meanwhile is seen too.
-        with open(path, "rb") as file:
-            data = file.read(min(path.stat().st_size, INDEX_LIMIT) + 1)
-        if len(data) > INDEX_LIMIT:
-            raise BankError("it is too large for an index")
-        return Index.parse(data)
-    except OSError as error:
-        raise BankError(f"cannot read {path}: {error.strerror or error}. Fix its permissions or path.") from error
-    except BankError as error:
-        raise BankError(f"{path} cannot be used: {error}. Restore it from a copy, or export the bank again.") from error

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from lorakit.adapters import fingerprint
-from lorakit.adapters.bank import AdapterBank, Progress
+from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import convert
+from lorakit.adapters.damage import Progress
 from lorakit.adapters.names import check_name
 from lorakit.adapters.peft_reader import Checkpoint, Source, default_name, describe, read_checkpoint
 from lorakit.errors import AdapterExistsError, BankError, BaseModelNotFoundError

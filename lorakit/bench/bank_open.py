@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from lorakit.adapters.bank import INDEX_NAME, AdapterBank
+from lorakit.adapters.bank import AdapterBank
+from lorakit.adapters.folder import INDEX_NAME
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.bench.harness import save, show, statistics_of
-from lorakit.console import bar
+from lorakit.console import bar, human_bytes
 
 ADAPTERS, LAYERS, RANK, WIDTH, REPEATS = 1000, 32, 16, 64, 7
-_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj") + (
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
+_MODULES = (
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
 )
 
 # In a fresh process, imports done: what a server's start pays for the bank itself.
@@ -59,26 +59,16 @@ def run(folder: Path) -> None:
         index = (path / INDEX_NAME).stat().st_size
         shards = bank.info().nbytes
     assert {count for count, *_ in runs} == {ADAPTERS}
-    results = {
+    quantities = {
         "open_ms": statistics_of([seconds * 1e3 for _, seconds, *_ in runs]),
         "memory_growth_bytes": statistics_of([grown for _, _, grown, *_ in runs]),
         "bytes_read": statistics_of([read for *_, read, _ in runs]),
-        "index_bytes": index,
-        "shard_bytes": shards,
         "read_one_adapter_ms": statistics_of([seconds * 1e3 for *_, seconds in runs]),
     }
     setting = {"adapters": ADAPTERS, "modules": LAYERS * len(_MODULES), "rank": RANK, "in_and_out_features": WIDTH}
-    saved = save("bank_open", folder, setting, results)
-    rows = [
-        ["open, ms", *(f"{results['open_ms'][key]:.1f}" for key in ("min", "median", "max"))],
-        [
-            "memory growth, MB",
-            *(f"{results['memory_growth_bytes'][key] / 1e6:.1f}" for key in ("min", "median", "max")),
-        ],
-        ["bytes read, kB", *(f"{results['bytes_read'][key] / 1e3:.0f}" for key in ("min", "median", "max"))],
-        ["read one adapter, ms", *(f"{results['read_one_adapter_ms'][k]:.2f}" for k in ("min", "median", "max"))],
-    ]
-    title = f"A bank of {ADAPTERS:,} adapters: index {index / 1e3:.0f} kB, shards {shards / 1e9:.2f} GB"
+    saved = save("bank_open", folder, setting, {"index_bytes": index, "shard_bytes": shards, **quantities})
+    rows = [[name, *(f"{values[key]:,.1f}" for key in ("min", "median", "max"))] for name, values in quantities.items()]
+    title = f"A bank of {ADAPTERS:,} adapters: index {human_bytes(index)}, shards {human_bytes(shards)}"
     show(title, ["opening", "min", "median", "max"], rows, saved)
 
 

@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
     """Hardware, versions and commit: what a number means nothing without."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from forms import BASE, assert_same_form, lora_form, make_bank, odd_form, same_bits
 from safetensors.torch import load_file
 
-import lorakit.adapters.bank as bank_module
+from lorakit.adapters import peft_writer
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.layout import Layout
@@ -323,7 +324,7 @@ def test_refusals_of_the_system_are_typed(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(BankError, match="No space left.*Free space"):
-        patch.setattr(bank_module.os, "pwrite", full)
+        patch.setattr(os, "pwrite", full)
         bank.add_forms([("b", lora_form(), "")])
     assert bank.names == ["a"] and shards_of(tmp_path / "bank") == ["bank-0001.safetensors"]
     bank.verify()
@@ -365,8 +366,7 @@ def test_export_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         turned = {f"base_model.model.{path}.a": m.a.T for path, m in form.modules.items() if m.a is not None}
         return {**tensors, **turned, **form.extras}
 
-    methods = pytest.importorskip("lorakit.adapters.methods")
-    monkeypatch.setattr(methods, "restore", restore)
+    monkeypatch.setattr(peft_writer, "restore", restore)
     out = tmp_path / "deep" / "out"
     assert bank.export_peft("x", out) == out
     assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -386,7 +386,7 @@ def test_export_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(form: AdapterForm) -> dict[str, torch.Tensor]:
         raise RuntimeError
 
-    monkeypatch.setattr(methods, "restore", fail)
+    monkeypatch.setattr(peft_writer, "restore", fail)
     with pytest.raises(RuntimeError):
         bank.export_peft("x", tmp_path / "never")
     assert not (tmp_path / "never").exists()

@@ -232,7 +232,7 @@ def test_two_writers_of_one_name(tmp_path: Path) -> None:
 def test_readers_need_no_lock(tmp_path: Path) -> None:
     path = tmp_path / "bank"
     bank = make_bank(path, a=tiny(0))
-    with bank._locked():
+    with bank._folder.locked():
         other = AdapterBank.open(path)
         other.verify()
         assert_same_form(other.form("a"), tiny(0))

@@ -15,7 +15,7 @@ from forms import lora_form, make_bank, odd_form
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import lorakit.adapters.bank as bank_module
+import lorakit.adapters.folder as folder_module
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.fields import content_key
 from lorakit.adapters.index import Index
@@ -169,7 +169,7 @@ def test_no_index_at_all(tmp_path: Path, content: bytes) -> None:
 
 
 def test_huge_indexes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_module, "INDEX_LIMIT", 1000)
+    monkeypatch.setattr(folder_module, "INDEX_LIMIT", 1000)
     (tmp_path / "bank.json").write_bytes(b" " * 1001)
     with pytest.raises(BankError, match="too large"):
         AdapterBank.open(tmp_path)

@@ -1,0 +1,186 @@
+"""A bank's folder: its index on the disk, the lock of its writers, and changes that are whole or not at all.
+
+Shards never change: adding writes new ones, and the change becomes true in one step when the index is replaced. Killed
+before it, the old bank is whole; after it, the new one. What a killed writer leaves behind is swept away by the next
+one. Writers take turns by a lock on `.lock`; readers need none.
+
+Knows files and their order of writing; knows no tensor's meaning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from lorakit.adapters.entry import AdapterEntry
+from lorakit.adapters.files import TEMPORARY, NewFile, sync_folder, writing
+from lorakit.adapters.index import Index
+from lorakit.adapters.shard import check_size, read_range, shard_number
+from lorakit.errors import BankError
+
+INDEX_NAME = "bank.json"
+LOCK_NAME = ".lock"
+INDEX_LIMIT = 1 << 29
+"""No index is larger than this (bytes): some hundred thousand adapters have room. Larger ones are not even read."""
+
+_logger = logging.getLogger(__name__)
+
+
+class BankFolder:
+    """A bank's files.
+
+    Attributes:
+        path: the folder.
+        index: the index as it was when last read or written through this object.
+    """
+
+    def __init__(self, path: Path, index: Index) -> None:
+        self.path = path
+        self.index = index
+
+    @classmethod
+    def create(cls, path: Path, index: Index) -> BankFolder:
+        """Makes a folder that holds just this index.
+
+        Raises:
+            BankError: the folder holds something already, or cannot be written.
+        """
+        _check_empty(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path, index)
+        with folder.locked():
+            # Once more: another process may have been faster.
+            _check_empty(path)
+            folder.replace_index(index)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> BankFolder:
+        """Reads a folder's index, and nothing else.
+
+        Raises:
+            BankError: there is no bank, its index is damaged, or it was written by a newer lorakit.
+        """
+        return cls(path, _load_index(path))
+
+    def reload(self) -> None:
+        """Reads the index again.
+
+        Raises:
+            BankError: as `open`.
+        """
+        self.index = _load_index(self.path)
+
+    def read(self, entry: AdapterEntry, nbytes: int) -> torch.Tensor:
+        """The first bytes of an adapter's range, in fresh memory.
+
+        Returns:
+            (nbytes,) uint8.
+
+        Raises:
+            BankCorruptedError: the shard is missing or too short; nothing is allocated then.
+        """
+        shard = self.path / entry.shard
+        check_size(shard, entry.offset + nbytes)
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        read_range(shard, entry.offset, buffer)
+        return buffer
+
+    def read_into(self, entry: AdapterEntry, buffer: torch.Tensor) -> None:
+        """Fills a uint8 buffer with the first bytes of an adapter's range; errors as `read`."""
+        read_range(self.path / entry.shard, entry.offset, buffer)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other writers out."""
+        lock = FileLock(self.path / LOCK_NAME)
+        with writing(self.path):
+            try:
+                lock.acquire(timeout=2)
+            except Timeout:
+                _logger.warning("waiting for another writer of bank %s", self.path)
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def changing(self) -> Iterator[Index]:
+        """Takes the lock; gives the index as it is on the disk now. Sweeps before, and after an error."""
+        if not (self.path / INDEX_NAME).is_file():
+            raise _no_bank(self.path)  # Not even the lock's file should appear there.
+        with self.locked():
+            self.reload()
+            self._sweep()
+            try:
+                yield self.index
+            except BaseException:
+                # The disk, not this object, says whether the change became true before the error.
+                with suppress(OSError, BankError):
+                    self.reload()
+                    self._sweep()
+                raise
+            self._sweep()
+
+    def replace_index(self, index: Index) -> None:
+        """Makes a change true. Only under the lock."""
+        # The shards' names must last before an index that relies on them does.
+        sync_folder(self.path)
+        with NewFile(self.path / INDEX_NAME) as file:
+            file.write(index.dump(), 0)
+            file.commit()
+        self.index = index
+        sync_folder(self.path)
+
+    def _sweep(self) -> None:
+        """Deletes shards that the index does not name, and unfinished files. Only under the lock."""
+        for path in self.path.iterdir():
+            whole = path.name.removesuffix(TEMPORARY)
+            ours = whole == INDEX_NAME or shard_number(whole) is not None
+            named = path.name == INDEX_NAME or path.name in self.index.shards
+            if ours and not named:
+                # What cannot be deleted now is deleted by a later sweep.
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _check_empty(folder: Path) -> None:
+    if (folder / INDEX_NAME).exists():
+        raise BankError(f"{str(folder)!r} is a bank already: open it with AdapterBank.open, or choose another folder.")
+    if folder.is_dir():
+        # What a killed `create` may have left is no reason to refuse.
+        others = sorted(path.name for path in folder.iterdir())
+        others = [name for name in others if name not in (LOCK_NAME, INDEX_NAME + TEMPORARY)]
+        if others:
+            raise BankError(f"{str(folder)!r} is not empty (it holds {others[0]!r}): choose an empty or a new folder.")
+    elif folder.exists():
+        raise BankError(f"{str(folder)!r} is a file: choose an empty or a new folder.")
+
+
+def _no_bank(folder: Path) -> BankError:
+    problem = "is no bank: it has no bank.json" if folder.is_dir() else "is no folder"
+    return BankError(f"{str(folder)!r} {problem}. Check the path, or make a bank with lorakit.export.")
+
+
+def _load_index(folder: Path) -> Index:
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        raise _no_bank(folder)
+    try:
+        # One byte more than is allowed, so that a file that grows meanwhile is seen too.
+        with open(path, "rb") as file:
+            data = file.read(min(path.stat().st_size, INDEX_LIMIT) + 1)
+        if len(data) > INDEX_LIMIT:
+            raise BankError("it is too large for an index")
+        return Index.parse(data)
+    except OSError as error:
+        raise BankError(f"cannot read {path}: {error.strerror or error}. Fix its permissions or path.") from error
+    except BankError as error:
+        raise BankError(f"{path} cannot be used: {error}. Restore it from a copy, or export the bank again.") from error
