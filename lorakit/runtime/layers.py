@@ -61,11 +61,11 @@ class AdaptedModule:
         if not self.stacks:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        tokens = y.numel() // y.shape[-1]
-        if tokens % self.stacks[0].n:
+        lead = x.shape[0] if x.dim() > (1 if self._embedding else 2) else y.numel() // y.shape[-1]
+        if lead % self.stacks[0].n:
             raise AdapterIdsError(
-                f"{self.path} was given {tokens} tokens for {self.stacks[0].n} rows: this model does not feed it row "
-                "by row, so adapters on it cannot share a batch; run one adapter a batch."
+                f"{self.path} was given {lead} rows for {self.stacks[0].n} adapter_ids: the model does not feed it row "
+                "by row, so adapters on it cannot share a batch; give all rows one adapter."
             )
         for stack in self.stacks:
             y = stacked_lora(y, x, stack, embedding=self._embedding)

@@ -31,6 +31,7 @@ from lorakit.errors import (
     BaseModelNotFoundError,
 )
 from lorakit.runtime.layers import AdaptedModule
+from lorakit.runtime.placement import check_placement
 from lorakit.runtime.pool import AdapterPool, Slot
 from lorakit.runtime.routing import Routing
 
@@ -261,6 +262,8 @@ class MultiLoraModel(nn.Module):
             self._pool = AdapterPool(device=self.device, dtype=self._pool.dtype, capacity=self._pool.capacity)
         distinct = [name for name in dict.fromkeys(ids) if name is not None]
         slots = {name: self._slot(name, keep=distinct) for name in distinct}
+        if len(set(ids)) == 1 and distinct:
+            return (slots[distinct[0]],)  # one adapter for all: whatever the model does with rows, it is right
         return tuple(None if name is None else slots[name] for name in ids)
 
     def _slot(self, name: str, keep: Sequence[str]) -> Slot:
@@ -287,6 +290,8 @@ class MultiLoraModel(nn.Module):
     def _adapt(self, slots: Sequence[Slot | None]) -> None:
         """Hooks the modules that these adapters touch and that have no hook yet."""
         for path in dict.fromkeys(path for slot in slots if slot is not None for path in slot.modules):
+            if len(slots) > 1:
+                check_placement(self.model, path)
             if path not in self._adapted:
                 self._adapted[path] = AdaptedModule(path, self.model.get_submodule(path))
 

@@ -1,0 +1,56 @@
+"""Where in a model an adapter can share a batch: modules that are fed row by row.
+
+A hook knows a token's row by its place: the batch's rows lie one after another, each with as many tokens. Experts get
+tokens in the router's order, and vision or audio towers get images or frames, any number of them a row: there a place
+says nothing, and a wrong guess would be silent. Such modules are refused. Knows modules and their paths; no adapter.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from lorakit.errors import UnsupportedMethodError
+
+_EXPERT = re.compile(r"(^|\.)experts?\.\d+\.")
+_SEQUENCE_FIRST = ("xlnet",)
+_TOWERS = ("vision_config", "audio_config", "speech_config", "video_config")
+
+
+def check_placement(model: nn.Module, path: str) -> None:
+    """Refuses a module whose tokens do not lie row by row. A batch of one adapter needs no such check.
+
+    Args:
+        model: the base.
+        path: the module that an adapter sits on.
+
+    Raises:
+        UnsupportedMethodError: naming the module and the reason.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _SEQUENCE_FIRST:
+        raise UnsupportedMethodError(
+            f"adapters of a {model_type} cannot share a batch: it lays tokens out position by position."
+        )
+    if _EXPERT.search(path):
+        raise UnsupportedMethodError(
+            f"an adapter on {path!r} cannot share a batch: experts get their tokens in the router's order."
+        )
+    if _is_multimodal(model) and not _is_text(model, path):
+        raise UnsupportedMethodError(
+            f"an adapter on {path!r} cannot share a batch: images and sounds are not fed row by row. "
+            "Train with target_modules that name the language model alone."
+        )
+
+
+def _is_multimodal(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return any(getattr(config, name, None) is not None for name in _TOWERS)
+
+
+def _is_text(model: nn.Module, path: str) -> bool:
+    module = model.get_submodule(path)
+    getters = ("get_decoder", "get_output_embeddings", "get_input_embeddings")
+    parts = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]
+    return any(part is module or any(module is inner for inner in part.modules()) for part in parts if part is not None)
