@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -28,6 +29,7 @@ from lorakit.errors import (
     AdapterExistsError,
     AdapterIdsError,
     AdapterNotFoundError,
+    BaseModelMismatchError,
     BaseModelNotFoundError,
 )
 from lorakit.runtime.layers import AdaptedModule
@@ -69,11 +71,16 @@ class MultiLoraModel(nn.Module):
 
         Raises:
             BankError: the folder holds no bank.
-            BaseModelMismatchError: the bank was made for another base.
+            BaseModelMismatchError: the bank was made for another base, or the model is one that PEFT has wrapped.
         """
         super().__init__()
         if bank is not None and not isinstance(bank, AdapterBank):
             bank = AdapterBank.from_pretrained(bank)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise BaseModelMismatchError(
+                "the model has PEFT's layers inside, which would act in every row; give the base as it was loaded, and "
+                "the adapters through a bank or load_adapter."
+            )
         self._base = BaseModel.of(model)
         if bank is not None:
             fingerprint.check(self._base, bank.fingerprint, owner=f"the bank at {bank.path}")
@@ -271,6 +278,8 @@ class MultiLoraModel(nn.Module):
         key = self._key(name)
         slot = self._pool.get(key)
         if slot is None:
+            # What was removed from the bank, or replaced there under its name, is not served any more.
+            self._pool.keep_only({self._key(other) for other in self.adapters})
             slot = self._pool.put(key, self._extent(name), keep=[self._key(other) for other in keep])
         return slot
 

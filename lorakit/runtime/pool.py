@@ -7,7 +7,7 @@ that no running batch holds makes room. Knows slots and bytes; knows no module a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,11 @@ class AdapterPool:
         self._slots[name] = slot
         self._slots.move_to_end(name)
         return slot
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forgets every adapter but these."""
+        for name in [name for name in self._slots if name not in names]:
+            del self._slots[name]
 
     def drop(self, name: str) -> None:
         """Forgets an adapter; its memory is free once no running batch holds the slot."""

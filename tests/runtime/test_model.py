@@ -212,6 +212,7 @@ def test_an_adapter_replaced_under_its_name_is_never_served_stale(base, bank, tm
     new = model(input_ids=ids, adapter_ids="a").logits
     torch.testing.assert_close(new, other(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(old, new)
+    assert model._pool.names == [bank["a"].sha256]  # and the old one's memory is free
 
 
 def test_a_banks_adapter_can_be_unloaded_and_loaded_again(base, bank):
@@ -287,6 +288,12 @@ def test_a_bank_of_another_base_is_refused(bank):
         MultiLoraModel(other, bank)
     with pytest.raises(BaseModelMismatchError, match="MistralForCausalLM"):
         MultiLoraModel(ARCHITECTURES["mistral"].build(), bank)
+
+
+def test_a_model_that_peft_has_wrapped_is_refused(tenants):
+    for wrapped in (tenants["a"], tenants["a"].get_base_model()):
+        with pytest.raises(BaseModelMismatchError, match="PEFT's layers inside"):
+            MultiLoraModel(wrapped)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
