@@ -49,28 +49,26 @@ def stacked_lora(y: Tensor, x: Tensor, stack: Stack, *, embedding: bool = False)
     """Applies y ← c ⊙ (y + s · B A x) + d to the rows of a stack.
 
     Args:
-        y: (..., out), what the base's module returned; n·t tokens, row-major. It may be overwritten.
+        y: (..., out), what the base's module returned; n·t tokens, row-major. It is overwritten: out of place, an
+            extra pass over y would cost more than the products of a decode step.
         x: (..., in), what the module was given; for an embedding the token ids (...) of any integer dtype.
         stack: the segments and their factors.
         embedding: whether x holds ids to look up in A.
 
     Returns:
-        A tensor of y's shape and dtype. Rows outside the stack are y's, bit for bit.
+        The result, of y's shape and dtype. Rows outside the stack are y's, bit for bit.
     """
     rows = y.reshape(stack.n, -1, y.shape[-1])  # (n, t, out)
     taken = rows if stack.index is None else rows.index_select(0, stack.index)
-    segments = next(s.shape[0] for s in (stack.b, stack.c, stack.d) if s is not None)
-    result = taken.reshape(segments, -1, y.shape[-1])  # (S, k·t, out)
+    first, *_ = (part for part in (stack.b, stack.c, stack.d) if part is not None)
+    result = taken.reshape(first.shape[0], -1, y.shape[-1]).to(first.dtype)  # (S, k·t, out), a copy if y is narrower
 
-    if stack.a is not None and stack.b is not None:
-        compute = stack.b.dtype
-        h = _look_up(x, stack) if embedding else _shrink(x, stack)  # (S, k·t, r)
-        # One pass over y; out of place only where y's dtype is too narrow to add in.
-        result = torch.baddbmm(result, h, stack.b) if result.dtype == compute else result.to(compute) + h @ stack.b
+    if stack.b is not None:
+        result = result.baddbmm_(_look_up(x, stack) if embedding else _shrink(x, stack), stack.b)
     if stack.c is not None:
-        result = result * stack.c
+        result = result.mul_(stack.c)
     if stack.d is not None:
-        result = result + stack.d
+        result = result.add_(stack.d)
 
     result = result.to(y.dtype)
     if stack.index is None or stack.target is None:
@@ -78,7 +76,7 @@ def stacked_lora(y: Tensor, x: Tensor, stack: Stack, *, embedding: bool = False)
     result = result.reshape(taken.shape)
     if stack.keep is not None:
         result = result.index_select(0, stack.keep)
-    return rows.index_copy(0, stack.target, result).reshape(y.shape)
+    return rows.index_copy_(0, stack.target, result).reshape(y.shape)
 
 
 def _shrink(x: Tensor, stack: Stack) -> Tensor:
