@@ -82,7 +82,38 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         Raises:
             BankError: the folder holds something already, or cannot be written.
         """
-        return cls(BankFolder.create(Path(path), Index(base_id, json.loads(json.dumps(dict(fingerprint))))))
+        return cls.write(path, (), base_id=base_id, fingerprint=fingerprint)
+
+    @classmethod
+    def write(
+        cls,
+        path: str | os.PathLike[str],
+        items: Iterable[FormItem],
+        *,
+        base_id: str,
+        fingerprint: Mapping[str, Any],
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> AdapterBank:
+        """Makes a bank that holds these adapters. It appears in one step, as a change by `add_forms` does.
+
+        Args:
+            path: a folder that is empty or not there yet.
+            items: the adapters, as `add_forms` takes them.
+            base_id: the base model's id or path.
+            fingerprint: JSON facts that tell the base model from others.
+            overwrite: take the place of a bank that is there.
+            progress: called for each adapter written.
+
+        Raises:
+            BankError: the folder holds something already, or cannot be written.
+            AdapterNameError, NonFiniteWeightsError: as `add_forms`.
+        """
+        index = Index(base_id, json.loads(json.dumps(dict(fingerprint))))
+        with BankFolder.founding(Path(path), index, overwrite=overwrite) as folder:
+            bank = cls(folder)
+            bank._write(folder.index, items, progress=progress)
+        return bank
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> AdapterBank:
@@ -297,30 +328,40 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             NonFiniteWeightsError: a form holds NaN or Inf.
             BankError: the bank's index is damaged, or the folder cannot be written.
         """
-        known = [name for name, _, _ in items] if isinstance(items, Sequence) else []
-        _check_names(known)
         with self._folder.changing() as index:
-            taken: set[str] = set()
-            for name in known:
-                _check_new(name, taken, index, overwrite)
-            shared = Sharing(index)
-            options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-            with ShardSeries(self.path, index.next_shard, **options) as series:
-                for count, (name, form, source) in enumerate(items, start=1):
-                    if not known:
-                        _check_new(name, taken, index, overwrite)
-                    made = form if isinstance(form, AdapterForm) else form()
-                    entry = shared.entry(name, made, source)
-                    longest = max(map(len, known[count:]), default=len(name) if known else len(name) + 8)
-                    # Of an iterable of unknown length a hundred more are expected: what that wastes is small.
-                    more = len(known) - count if known else 100
-                    series.add(entry, form_chunks(entry, made), more, longest, partial(made.check_finite, name))
-                    if progress:
-                        progress(name, entry.stored_nbytes)
-                added, shards = series.finish()
-                if added:
-                    adapters = {**index.adapters, **{entry.name: entry for entry in added}}
-                    self._folder.replace_index(index.changed(adapters, shards))
+            self._write(index, items, overwrite=overwrite, progress=progress, shard_bytes=shard_bytes)
+
+    def _write(
+        self,
+        index: Index,
+        items: Iterable[FormItem],
+        *,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+        shard_bytes: int | None = None,
+    ) -> None:
+        """Writes adapters into new shards, then the index that names them. Only under the lock."""
+        known = [name for name, _, _ in items] if isinstance(items, Sequence) else []
+        taken: set[str] = set()
+        for name in known:
+            _check_new(name, taken, index, overwrite)
+        shared = Sharing(index)
+        options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+        with ShardSeries(self.path, index.next_shard, **options) as series:
+            for count, (name, form, source) in enumerate(items, start=1):
+                if not known:
+                    _check_new(name, taken, index, overwrite)
+                made = form if isinstance(form, AdapterForm) else form()
+                entry = shared.entry(name, made, source)
+                longest = max(map(len, known[count:]), default=len(name) if known else len(name) + 8)
+                # Of an iterable of unknown length a hundred more are expected: what that wastes is small.
+                more = len(known) - count if known else 100
+                series.add(entry, form_chunks(entry, made), more, longest, partial(made.check_finite, name))
+                if progress:
+                    progress(name, entry.stored_nbytes)
+            added, shards = series.finish()
+            adapters = {**index.adapters, **{entry.name: entry for entry in added}}
+            self._folder.replace_index(index.changed(adapters, shards))
 
     def add(
         self,
@@ -435,12 +476,6 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             raise BankError(f"{str(out)!r} is there already and not empty: choose another folder, or delete it.")
         write_checkpoint(self.form(name), out)
         return out
-
-
-def _check_names(names: Iterable[str]) -> None:
-    taken: set[str] = set()
-    for name in names:
-        _check_new(name, taken, None, overwrite=True)
 
 
 def _check_new(name: str, taken: set[str], index: Index | None, overwrite: bool) -> None:

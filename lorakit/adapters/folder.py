@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,21 +45,45 @@ class BankFolder:
         self.index = index
 
     @classmethod
-    def create(cls, path: Path, index: Index) -> BankFolder:
-        """Makes a folder that holds just this index.
+    @contextmanager
+    def founding(cls, path: Path, index: Index, *, overwrite: bool = False) -> Iterator[BankFolder]:
+        """The place for a new bank. Inside, under the lock, `replace_index` makes it true in one step.
+
+        Until then, and after an error, a bank that is there stays as it is, and one that is not leaves nothing.
+
+        Args:
+            path: a folder that is empty or not there yet, or with `overwrite` one that holds a bank.
+            index: what the new bank begins with.
+            overwrite: take the place of a bank that is there. Its shards' numbers are not used again: a reader with
+                the old index misses a file then, instead of reading another adapter's bytes.
 
         Raises:
             BankError: the folder holds something already, or cannot be written.
         """
-        _check_empty(path)
+        _check_free(path, overwrite)
+        made = not path.exists()
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         folder = cls(path, index)
-        with folder.locked():
-            # Once more: another process may have been faster.
-            _check_empty(path)
-            folder.replace_index(index)
-        return folder
+        try:
+            with folder.locked():
+                # Once more: another process may have been faster.
+                _check_free(path, overwrite)
+                if (path / INDEX_NAME).is_file():
+                    folder.index = replace(index, next_shard=_load_index(path).next_shard)
+                try:
+                    yield folder
+                finally:
+                    # The disk, not this object, says what is true.
+                    with suppress(OSError, BankError):
+                        folder.index = _load_index(path) if (path / INDEX_NAME).is_file() else index
+                        folder._sweep()
+        except BaseException:
+            if made and not (path / INDEX_NAME).exists():
+                with suppress(OSError):
+                    (path / LOCK_NAME).unlink(missing_ok=True)
+                    path.rmdir()
+            raise
 
     @classmethod
     def open(cls, path: Path) -> BankFolder:
@@ -151,17 +176,28 @@ class BankFolder:
                     path.unlink()
 
 
-def _check_empty(folder: Path) -> None:
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """Refuses a place where a new bank would disturb something."""
     if (folder / INDEX_NAME).exists():
-        raise BankError(f"{str(folder)!r} is a bank already: open it with AdapterBank.open, or choose another folder.")
+        if overwrite:
+            return
+        raise BankError(
+            f"{str(folder)!r} holds a bank already: add to it with AdapterBank.open(path).add(name, source) "
+            "(`lorakit export --add`), replace it with overwrite=True (`--overwrite`), or choose another folder."
+        )
     if folder.is_dir():
-        # What a killed `create` may have left is no reason to refuse.
+        # What a killed writer may have left is no reason to refuse.
         others = sorted(path.name for path in folder.iterdir())
-        others = [name for name in others if name not in (LOCK_NAME, INDEX_NAME + TEMPORARY)]
+        others = [name for name in others if name != LOCK_NAME and not _is_unfinished(name)]
         if others:
             raise BankError(f"{str(folder)!r} is not empty (it holds {others[0]!r}): choose an empty or a new folder.")
     elif folder.exists():
         raise BankError(f"{str(folder)!r} is a file: choose an empty or a new folder.")
+
+
+def _is_unfinished(name: str) -> bool:
+    whole = name.removesuffix(TEMPORARY)
+    return name != whole and (whole == INDEX_NAME or shard_number(whole) is not None)
 
 
 def _no_bank(folder: Path) -> BankError:

@@ -66,14 +66,15 @@ class MultiLoraModel(nn.Module):
             bank: an open bank or its folder; its adapters are loaded to the device when first used.
             adapter_dtype: dtype of A and B on the device. None: as stored, which gives PEFT's outputs; where PEFT
                 saved fp32 (its default), the dtype of a 16-bit base halves their bytes and rounds them.
-            adapter_memory: bytes that adapters may take on the device; None: no limit. When it is full, the least
-                recently used adapters make room.
+            adapter_memory: bytes that resident adapters may take on the device; None: no limit. When it is full, the
+                least recently used make room. The factors of the batch at hand are stacked beside it, in fp32.
 
         Raises:
             BankError: the folder holds no bank.
             BaseModelMismatchError: the bank was made for another base, or the model is one that PEFT has wrapped.
         """
         super().__init__()
+        convert.check_dtype(adapter_dtype)
         if bank is not None and not isinstance(bank, AdapterBank):
             bank = AdapterBank.from_pretrained(bank)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -186,12 +187,12 @@ class MultiLoraModel(nn.Module):
         self.model.compile(*args, **kwargs)
 
     def load_adapter(self, name: str, source: Source | None = None) -> None:
-        """Adds an adapter to the living model, or brings one of the bank to the device ahead of its first use.
+        """Adds an adapter to the living model, or brings one that it knows to the device ahead of its first use.
 
         Args:
             name: the name for `adapter_ids`.
-            source: a PEFT folder, a Hub id or a live `PeftModel`; None: the bank's adapter of that name. The bank on
-                disk is not changed (`AdapterBank.add` does that).
+            source: a PEFT folder, a Hub id or a live `PeftModel`; it stays in host memory, and the bank on disk is not
+                changed (`AdapterBank.add` does that). None: the model's or the bank's adapter of that name.
 
         Raises:
             AdapterExistsError: the name is taken.
@@ -201,15 +202,16 @@ class MultiLoraModel(nn.Module):
         names.check_name(name)
         if source is None:
             with self._lock:
-                if self.bank is None or name not in self.bank:
-                    raise self._unknown(name)
-                self._unloaded.discard(name)
+                if name not in self._local:
+                    if self.bank is None or name not in self.bank:
+                        raise self._unknown(name)
+                    self._unloaded.discard(name)
                 self._slot(name, keep=())
             return
-        if name in self.adapters:
-            raise AdapterExistsError(f"the model already serves an adapter {name!r}; unload_adapter({name!r}) first.")
+        self._check_free(name)
         form = convert.convert(name, source, self._base)
         with self._lock:
+            self._check_free(name)  # once more: another thread may have been faster
             self._local[name] = f"local-{next(self._keys)}", Extent.of_form(form)
 
     def unload_adapter(self, name: str) -> None:
@@ -280,7 +282,7 @@ class MultiLoraModel(nn.Module):
         if slot is None:
             # What was removed from the bank, or replaced there under its name, is not served any more.
             self._pool.keep_only({self._key(other) for other in self.adapters})
-            slot = self._pool.put(key, self._extent(name), keep=[self._key(other) for other in keep])
+            slot = self._pool.put(key, self._extent(name), name=name, keep={self._key(other) for other in keep})
         return slot
 
     def _extent(self, name: str) -> Extent:
@@ -303,6 +305,10 @@ class MultiLoraModel(nn.Module):
                 check_placement(self.model, path)
             if path not in self._adapted:
                 self._adapted[path] = AdaptedModule(path, self.model.get_submodule(path))
+
+    def _check_free(self, name: str) -> None:
+        if name in self.adapters:
+            raise AdapterExistsError(f"the model already serves an adapter {name!r}; unload_adapter({name!r}) first.")
 
     def _unknown(self, name: object) -> AdapterNotFoundError:
         return names.not_found(name, self.adapters, "the model")

@@ -7,7 +7,7 @@ that no running batch holds makes room. Knows slots and bytes; knows no module a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +22,16 @@ class Slot:
     """An adapter's place in device memory.
 
     Attributes:
-        name: the adapter's name.
         modules: module path → its form, as views into the slot's extent.
         nbytes: the extent's size in bytes.
     """
 
-    name: str
     modules: Mapping[str, ModuleForm]
     nbytes: int
 
 
 class AdapterPool:
-    """Slots by name, least recently used first."""
+    """Slots by key, least recently used first. A key stands for an adapter's content, not for its name."""
 
     def __init__(self, *, device: torch.device, dtype: torch.dtype | None = None, capacity: int | None = None) -> None:
         """Args:
@@ -52,56 +50,56 @@ class AdapterPool:
         return sum(slot.nbytes for slot in self._slots.values())
 
     @property
-    def names(self) -> list[str]:
+    def keys(self) -> list[str]:
         """Resident adapters, least recently used first."""
         return list(self._slots)
 
-    def get(self, name: str) -> Slot | None:
+    def get(self, key: str) -> Slot | None:
         """The slot of an adapter, now the most recently used, or None if it is not resident."""
-        if name in self._slots:
-            self._slots.move_to_end(name)
-        return self._slots.get(name)
+        if key in self._slots:
+            self._slots.move_to_end(key)
+        return self._slots.get(key)
 
-    def put(self, name: str, extent: Extent, *, keep: Iterable[str] = ()) -> Slot:
+    def put(self, key: str, extent: Extent, *, name: str, keep: Collection[str] = ()) -> Slot:
         """Copies an adapter's extent to the device, evicting idle adapters if there is a limit.
 
         Args:
-            name: the adapter's name; a slot of that name is replaced.
+            key: what the slot is found by; a slot of that key is replaced.
             extent: the adapter in host memory, its weights in any dtype: each region is cast and copied in one go.
-            keep: names that must stay resident.
+            name: the adapter's name, for messages.
+            keep: keys that must stay resident.
 
         Raises:
             PoolFullError: it does not fit beside what must stay.
         """
         dtype = self.dtype or extent.dtype
         nbytes = extent.layout.nbytes(dtype)
-        self._make_room(name, nbytes, {name, *keep})
+        self._slots.pop(key, None)
+        self._make_room(nbytes, name, keep)
         weights = extent.weights.to(self.device, dtype, copy=True)
-        slot = Slot(name, extent.layout.views(weights, extent.vectors.to(self.device, copy=True)), nbytes)
-        self._slots[name] = slot
-        self._slots.move_to_end(name)
+        slot = Slot(extent.layout.views(weights, extent.vectors.to(self.device, copy=True)), nbytes)
+        self._slots[key] = slot
         return slot
 
-    def keep_only(self, names: Collection[str]) -> None:
+    def keep_only(self, keys: Collection[str]) -> None:
         """Forgets every adapter but these."""
-        for name in [name for name in self._slots if name not in names]:
-            del self._slots[name]
+        for key in [key for key in self._slots if key not in keys]:
+            del self._slots[key]
 
-    def drop(self, name: str) -> None:
+    def drop(self, key: str) -> None:
         """Forgets an adapter; its memory is free once no running batch holds the slot."""
-        self._slots.pop(name, None)
+        self._slots.pop(key, None)
 
-    def _make_room(self, name: str, nbytes: int, keep: set[str]) -> None:
+    def _make_room(self, nbytes: int, name: str, keep: Collection[str]) -> None:
         if self.capacity is None:
             return
-        kept = sum(slot.nbytes for other, slot in self._slots.items() if other in keep and other != name)
+        kept = sum(slot.nbytes for key, slot in self._slots.items() if key in keep)
         if kept + nbytes > self.capacity:
             raise PoolFullError(
                 f"adapter {name!r} needs {nbytes:,} bytes beside {kept:,} bytes that must stay, but the adapters' "
                 f"memory is limited to {self.capacity:,}; raise adapter_memory, or use fewer adapters in one batch."
             )
-        self._slots.pop(name, None)
-        for other in [other for other in self._slots if other not in keep]:
+        for key in [key for key in self._slots if key not in keep]:
             if self.nbytes + nbytes <= self.capacity:
                 return
-            del self._slots[other]
+            del self._slots[key]

@@ -296,7 +296,7 @@ def test_create_refuses_what_is_there(tmp_path: Path) -> None:
     make_bank(tmp_path / "bank", a=lora_form())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    for name, message in (("bank", "is a bank already"), ("other", "not empty"), ("other/notes.txt", "is a file")):
+    for name, message in (("bank", "holds a bank already"), ("other", "not empty"), ("other/notes.txt", "is a file")):
         with pytest.raises(BankError, match=message):
             AdapterBank.create(tmp_path / name, **BASE)
     assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["notes.txt"]

@@ -15,7 +15,7 @@ from forms import BASE, assert_same_form, lora_form, make_bank
 
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.form import AdapterForm
-from lorakit.errors import AdapterExistsError
+from lorakit.errors import AdapterExistsError, BankCorruptedError, BankError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -66,6 +66,10 @@ ACTIONS: dict[str, tuple[Callable[[AdapterBank], object], dict[str, int]]] = {
     "overwrite": (
         lambda bank: bank.add_forms([("c", tiny(7), "")], overwrite=True),
         {"a": 0, "b": 1, "c": 7},
+    ),
+    "write over": (
+        lambda bank: AdapterBank.write(bank.path, [("a", tiny(7), ""), ("d", tiny(8), "")], **BASE, overwrite=True),
+        {"a": 7, "d": 8},
     ),
     "remove": (lambda bank: bank.remove("a", "c"), {"b": 1}),
     "compact": (lambda bank: bank.compact(), {"a": 0, "b": 1, "c": 2}),
@@ -132,6 +136,55 @@ def test_create_killed_at_every_step(tmp_path: Path) -> None:
         if not killed:
             assert step > 3
             break
+
+
+def test_write_killed_at_every_step(tmp_path: Path) -> None:
+    def write(path: Path) -> AdapterBank:
+        return AdapterBank.write(path, [("x", tiny(0), ""), ("y", tiny(1), "")], **BASE)
+
+    for step in itertools.count(1):
+        path = tmp_path / str(step)
+        killed = killed_at(step, lambda path=path: write(path))
+        if (path / "bank.json").exists():
+            assert equals(content(path), {"x": tiny(0), "y": tiny(1)})
+        elif any(path.glob("*.safetensors")):
+            # Whole shards without an index may be what is left of somebody's bank: they are not touched.
+            with pytest.raises(BankError, match="not empty"):
+                write(path)
+        else:
+            assert equals(content(write(path).path), {"x": tiny(0), "y": tiny(1)})
+        if not killed:
+            assert step > 8
+            break
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    def fail() -> AdapterForm:
+        raise RuntimeError("inside")
+
+    items = [("x", tiny(0), ""), ("y", fail, "")]
+    with pytest.raises(RuntimeError, match="inside"):
+        AdapterBank.write(tmp_path / "new", items, **BASE)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RuntimeError, match="inside"):
+        AdapterBank.write(tmp_path / "empty", items, **BASE)
+    assert {path.name for path in (tmp_path / "empty").iterdir()} <= {".lock"}
+    old = make_bank(tmp_path / "old", a=tiny(1))
+    with pytest.raises(RuntimeError, match="inside"):
+        AdapterBank.write(tmp_path / "old", items, **BASE, overwrite=True)
+    assert equals(content(tmp_path / "old"), {"a": tiny(1)})
+    assert {path.name for path in old.path.iterdir()} - {".lock"} == {"bank.json", old["a"].shard}
+
+
+def test_a_reader_of_a_bank_that_was_written_over_never_reads_anothers_weights(tmp_path: Path) -> None:
+    old = make_bank(tmp_path / "bank", a=tiny(0), b=tiny(1))
+    AdapterBank.write(tmp_path / "bank", [("b", tiny(7), ""), ("a", tiny(8), "")], **BASE, overwrite=True)
+    for name in ("a", "b"):
+        with pytest.raises(BankCorruptedError, match="open it again"):
+            old.read(name)
+    old.reload()
+    assert_same_form(old.form("a"), tiny(8))
 
 
 def test_steps_come_in_an_order_that_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,12 +169,12 @@ def test_other_ways_to_give_rows(base, tenants, model):
 @torch.no_grad()
 def test_a_bank_is_served_on_demand(base, bank, tenants):
     model = MultiLoraModel(copy.deepcopy(base), bank)
-    assert model.adapters == ["a", "b", "c"] and model._pool.names == []
+    assert model.adapters == ["a", "b", "c"] and model._pool.keys == []
     ids = prompts(2)
     torch.testing.assert_close(
         model(input_ids=ids, adapter_ids="b").logits, tenants["b"](input_ids=ids).logits, rtol=1e-5, atol=1e-5
     )
-    assert len(model._pool.names) == 1
+    assert len(model._pool.keys) == 1
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def test_an_adapter_replaced_under_its_name_is_never_served_stale(base, bank, tm
     new = model(input_ids=ids, adapter_ids="a").logits
     torch.testing.assert_close(new, other(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(old, new)
-    assert model._pool.names == [bank["a"].sha256]  # and the old one's memory is free
+    assert model._pool.keys == [bank["a"].sha256]  # and the old one's memory is free
 
 
 def test_a_banks_adapter_can_be_unloaded_and_loaded_again(base, bank):
@@ -235,7 +235,7 @@ def test_a_full_pool_evicts_what_was_used_longest_ago(base, bank):
         expected = unlimited(input_ids=ids, adapter_ids=names).logits
         assert torch.equal(model(input_ids=ids, adapter_ids=names).logits, expected)
         assert model._pool.nbytes <= room
-    assert model._pool.names == [bank[name].sha256 for name in ("c", "a")]
+    assert model._pool.keys == [bank[name].sha256 for name in ("c", "a")]
     with pytest.raises(PoolFullError, match="adapter_memory"):
         model(input_ids=prompts(3), adapter_ids=["a", "b", "c"])
     model(input_ids=ids, adapter_ids=["a", "c"])
