@@ -46,7 +46,7 @@ class Score:
     other_name: str
 
 
-def quickstart(folder: Path, *, held_out: int = 24, seed: int = 0) -> list[Score]:
+def quickstart(folder: Path, *, held_out: int = 20, seed: int = 0) -> list[Score]:
     """Runs the whole path; what an earlier run left in the folder is used again.
 
     Args:

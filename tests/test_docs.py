@@ -1,0 +1,82 @@
+"""The guides are true: their blocks run in order in one folder, and print what they say they print.
+
+A fence's language says what happens to it: `python` and `bash` run, `text` is what the block before it printed, a
+fence with a title is a file, `sh` and others are for reading only.
+"""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GUIDES = Path(__file__).parent.parent / "docs" / "guides"
+PAGES = ("index", "train", "export", "generate", "cli", "bank-format", "errors")
+FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str):
+    """Line, language, title and text of a page's fences."""
+    text = (GUIDES / f"{page}.md").read_text(encoding="utf-8")
+    for match in FENCE.finditer(text):
+        indent, language, options, body = match.groups()
+        title = re.search(r'title="([^"]+)"', options)
+        lines = [line.removeprefix(indent) for line in body.split("\n")]
+        yield text[: match.start()].count("\n") + 1, language, title and title[1], "\n".join(lines)
+
+
+def trimmed(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().split("\n")]
+
+
+def run_python(source: str, names: dict, where: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(source, where, "exec"), names)
+    # `print(...)  # what it prints`
+    expected = [line.split("  # ", 1)[1] for line in source.split("\n") if re.match(r"\s*print\(.*  # ", line)]
+    if expected:
+        assert trimmed(printed.getvalue()) == [line.strip() for line in expected], where
+    return printed.getvalue()
+
+
+def run_bash(source: str, where: str) -> str:
+    done = subprocess.run(["bash", "-ec", source], capture_output=True, text=True)
+    assert done.returncode == 0, f"{where}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_guides_run_as_written(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    for page in PAGES:
+        names: dict = {"__name__": "__main__"}
+        printed = None
+        for line, language, title, body in blocks(page):
+            where = f"{page}.md:{line}"
+            if title:
+                Path(title).parent.mkdir(parents=True, exist_ok=True)
+                Path(title).write_text(body, encoding="utf-8")
+                printed = None
+            elif language == "python":
+                printed = run_python(body, names, where)
+            elif language == "bash":
+                printed = run_bash(body, where)
+            elif language == "text" and printed is not None:
+                assert trimmed(body) == trimmed(printed), where
+                printed = None
+            else:
+                printed = None
+
+
+def test_every_guide_is_run():
+    assert {path.stem for path in GUIDES.glob("*.md")} == set(PAGES)
