@@ -5,15 +5,17 @@ Each command imports what it needs when it runs: `--help` is immediate.
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lorakit.console import bar, human_bytes, make_console, table
-from lorakit.errors import AdapterIdsError, ConfigError, LorakitError
+from lorakit.errors import BaseModelNotFoundError, ConfigError, LorakitError, UnsupportedMethodError
 
 app = typer.Typer(
     name="lorakit",
@@ -73,7 +75,8 @@ def inspect(
         return
     entry = opened[adapter]
     rows = [[m.path, m.kind, m.in_features, m.out_features, m.rank, f"{m.scale:g}"] for m in entry.layout.modules]
-    title = f"{entry.name}: {entry.method}, {entry.dtype}, {human_bytes(entry.nbytes)}, from {entry.source}"
+    dtype = str(entry.dtype).removeprefix("torch.")
+    title = f"{entry.name}: {entry.method}, {dtype}, {human_bytes(entry.nbytes)}, from {entry.source}"
     make_console().print(table(title, ["module", "kind", "in", "out", "rank", "scale"], rows))
 
 
@@ -111,7 +114,7 @@ def export_peft(
     """Write an adapter of a bank back as a PEFT checkpoint."""
     from lorakit.adapters.bank import AdapterBank
 
-    make_console().print(f"wrote {AdapterBank.open(bank).export_peft(adapter, out)}")
+    make_console().print(f"wrote {AdapterBank.open(bank).export_peft(adapter, out)}", markup=False)
 
 
 @app.command()
@@ -129,12 +132,16 @@ def generate(
 ) -> None:
     """Answer prompts by several adapters in one batch: every prompt by every adapter."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from lorakit import chat
     from lorakit.adapters.bank import AdapterBank
     from lorakit.runtime.model import MultiLoraModel
 
+    if not all(prompts):
+        raise ConfigError("a prompt is empty; write what shall be answered.")
+    if not math.isfinite(temperature):
+        raise ConfigError(f"--temperature is {temperature}; give a finite number of at least 0.")
     opened = AdapterBank.open(bank)
     names: list[str | None] = [*(adapter or [] if with_base else adapter or opened.names)]
     if with_base or not names:
@@ -144,10 +151,15 @@ def generate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = base or opened.base_id
     if not source:
-        raise AdapterIdsError(f"the bank {bank} does not say where its base model is; give it with --base.")
+        raise BaseModelNotFoundError(f"the bank {bank} does not say where its base model is; give it with --base.")
+    disable_progress_bar()
     with make_console(stderr=True).status("loading the base model"):
+        tokenizer = _tokenizer(source)
         model = MultiLoraModel.from_pretrained(source, opened).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    if not model.model.can_generate():
+        raise UnsupportedMethodError(
+            f"the bank {bank} is for a {type(model.model).__name__}, which generates no text; call it from Python."
+        )
     rows = [(prompt, name) for prompt in prompts for name in names]
     inputs = chat.encode(tokenizer, [prompt for prompt, _ in rows]).to(device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -160,7 +172,9 @@ def generate(
             max_new_tokens=max_new_tokens,
             stopping_criteria=chat.each_token(step),
         )
-    answers = chat.decode(tokenizer, output, inputs["input_ids"].shape[1])
+    # An encoder-decoder answers in a sequence of its own.
+    start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    answers = chat.decode(tokenizer, output, start)
     shown = [[prompt, name or "(base)", answer] for (prompt, name), answer in zip(rows, answers, strict=True)]
     make_console().print(table("", ["prompt", "adapter", "answer"], shown))
 
@@ -184,18 +198,21 @@ def train(
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item!r} is no KEY=VALUE.")
-        changes[key] = yaml.safe_load(value)
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item!r}: the value is no YAML; quote it.") from error
     settings = FinetuneConfig.from_yaml(config)
     if changes:
         settings = FinetuneConfig.from_dict({**settings.to_dict(), **changes})
     folder = finetune(settings)
-    make_console().print(f"adapter in {folder}, its loss in {folder / 'loss.png'}")
+    make_console().print(f"adapter in {folder}, its loss in {folder / 'loss.png'}", markup=False)
 
 
 @app.command()
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Where runs, bank and results go.")] = Path("quickstart"),
-    held_out: Annotated[int, typer.Option(min=1, help="Held-out inputs a tenant.")] = 24,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out inputs a tenant.")] = 20,
 ) -> None:
     """Fine-tune three tenants, pack them, and answer all of them in one batch. Minutes on a CPU."""
     _need("the quickstart needs", ["trl", "datasets", "yaml", "matplotlib", "faker", "num2words"], extra="quickstart")
@@ -231,6 +248,8 @@ def _named_sources(sources: list[str]) -> dict[str, str]:
         name, equals, source = item.partition("=")
         if not equals or not (is_name(name) or not Path(item).exists()):
             name, source = default_name(item), item
+        if not source:
+            raise ConfigError(f"{item!r} names no source; write NAME=SOURCE or SOURCE.")
         if name in named:
             raise AdapterExistsError(f"two sources would be called {name!r}; name them apart, as NAME=SOURCE.")
         named[name] = source
@@ -245,6 +264,25 @@ def _dtype(name: str | None) -> Any:
     if name not in DTYPES:
         raise ConfigError(f"--dtype {name!r} is unknown; use one of {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a broken or missing tokenizer makes transformers raise nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BaseModelNotFoundError(
+            f"the base model {source!r} has no tokenizer that can be read ({reason}); save one beside it, "
+            "or name another base with --base."
+        ) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise BaseModelNotFoundError(
+            f"the tokenizer of the base model {source!r} has neither a padding nor an end token, so prompts cannot be "
+            "batched; set its pad_token and save it again."
+        )
+    return tokenizer
 
 
 def _show(bank: Any) -> None:
@@ -279,14 +317,26 @@ def main() -> None:
         import warnings
 
         warnings.simplefilter("ignore")
+    # File names can hold bytes that are no text.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except LorakitError as error:
-        make_console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}. Check the path, its permissions and the free space.")
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
+def _fail(message: str) -> NoReturn:
+    from rich.text import Text
 
-    return escape(text)
+    sentence = " ".join(message.split())
+    make_console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {sentence}"), soft_wrap=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What cannot be written would be tried once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(2)

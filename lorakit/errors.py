@@ -67,7 +67,7 @@ class BankCorruptedError(BankError):
 
 
 class ConfigError(LorakitError, ValueError):
-    """A recipe's configuration has an unknown key or a value that cannot be."""
+    """A recipe's configuration, an argument or an option has an unknown name or a value that cannot be."""
 
 
 class MissingDependencyError(LorakitError, ImportError):

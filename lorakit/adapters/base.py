@@ -7,7 +7,8 @@ name, over a skeleton on the meta device. Knows transformers' checkpoints; knows
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +18,13 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.places import Place, base_modules, places
-from lorakit.errors import BaseModelNotFoundError
+from lorakit.errors import BaseModelMismatchError, BaseModelNotFoundError
 
 # PEFT's task types and the class that each is trained on (peft.mapping.MODEL_TYPE_TO_PEFT_MODEL_MAPPING).
 _AUTO_CLASSES = {
@@ -48,6 +50,7 @@ class BaseModel:
         id: the Hub id or folder that the base was named by ("" for a live model that has none).
         architecture: its transformers class, for example "LlamaForCausalLM".
         places: module path → `Place`, for every module that can carry an adapter.
+        all_linear: the paths that PEFT means by target_modules="all-linear": every linear but the output's.
     """
 
     def __init__(self, model: nn.Module, weights: _Weights, base_id: str) -> None:
@@ -55,6 +58,7 @@ class BaseModel:
         self.architecture = type(model).__name__
         self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         self.places: Mapping[str, Place] = places(model)
+        self.all_linear = _all_linear(model)
         self.parameters = {name: tuple(p.shape) for name, p in _base_parameters(model)}
         self._weights = weights
 
@@ -77,13 +81,20 @@ class BaseModel:
 
         Raises:
             BaseModelNotFoundError: no such folder or Hub model, or its class is unknown to transformers.
+            BaseModelMismatchError: a live model with adapters merged into its weights.
         """
         if isinstance(source, nn.Module):
             model = _unwrap_peft(source)
+            if any(getattr(module, "merged", False) is True for module in model.modules()):
+                raise BaseModelMismatchError(
+                    "the live base model has adapters merged into its weights; call unmerge_adapter first."
+                )
             return cls(model, _LiveWeights(model), str(getattr(model, "name_or_path", "") or ""))
         folder = _locate(str(source))
         skeleton = _skeleton(folder, task_type, architecture)
-        return cls(skeleton, _CheckpointWeights(folder, skeleton), str(source))
+        # A folder is recorded as found from anywhere; a Hub id as given.
+        base_id = str(folder.resolve()) if Path(str(source)).is_dir() else str(source)
+        return cls(skeleton, _CheckpointWeights(folder, skeleton), base_id)
 
     def weight(self, path: str) -> torch.Tensor:
         """W of a place in its own dtype (dequantised if quantised): (out, in); an embedding's as (out = D, in = V)."""
@@ -120,6 +131,11 @@ class _LiveWeights:
         tensor = getattr(module, item, None)
         if module is None or tensor is None:
             return None
+        if tensor.is_meta:
+            raise BaseModelNotFoundError(
+                f"the live base model's {name} is not in memory (offloaded, or on the meta device); "
+                "give the base as its folder or Hub id."
+            )
         if item == "weight":
             tensor = dequantize_module_weight(module)
         return tensor.detach()
@@ -135,6 +151,7 @@ class _CheckpointWeights:
     def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
         self._folder = folder
         self._class = type(skeleton)
+        self._shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
         self._prefix = str(getattr(skeleton, "base_model_prefix", "") or "")
         self._aliases = _aliases(skeleton)
 
@@ -144,13 +161,21 @@ class _CheckpointWeights:
         for path in sorted(self._folder.glob("*.safetensors")):
             if path.name.startswith("adapter_"):
                 continue
-            with safe_open(path, framework="pt") as shard:
+            with _opened(path) as shard:
                 files.update(dict.fromkeys(shard.keys(), path))
         return files
 
     @cached_property
-    def _loaded(self) -> _LiveWeights:
-        return _LiveWeights(self._class.from_pretrained(self._folder, dtype="auto"))
+    def _loaded(self) -> tuple[_LiveWeights, frozenset[str]]:
+        """The model's weights, and the names that the checkpoint lacks: what stands there is random."""
+        try:
+            model, report = self._class.from_pretrained(self._folder, dtype="auto", output_loading_info=True)
+        except Exception as error:  # transformers, a quantiser or damaged files raise nearly anything
+            raise BaseModelNotFoundError(
+                f"the weights of the base model in {self._folder} cannot be read: {error}. "
+                "If it is loaded in a special way, do so and pass the live model as base_model."
+            ) from error
+        return _LiveWeights(model), frozenset(report["missing_keys"])
 
     def get(self, name: str) -> torch.Tensor | None:
         if name not in self._aliases:
@@ -158,9 +183,24 @@ class _CheckpointWeights:
         for alias in self._aliases[name]:
             for key in (alias, f"{self._prefix}.{alias}", alias.removeprefix(f"{self._prefix}.")):
                 if key in self._files:
-                    with safe_open(self._files[key], framework="pt") as shard:
-                        return shard.get_tensor(key)
-        return self._loaded.get(name)
+                    with _opened(self._files[key]) as shard:
+                        tensor = shard.get_tensor(key)
+                    # What a quantiser packed has its own shape.
+                    if tuple(tensor.shape) == self._shapes[name] or not tensor.is_floating_point():
+                        return tensor
+        weights, missing = self._loaded
+        return None if name in missing else weights.get(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise BaseModelNotFoundError(
+            f"the base model's {path} is damaged or cannot be read: {error}. Download it again."
+        ) from error
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -179,6 +219,16 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
+def _all_linear(model: nn.Module) -> frozenset[str]:
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    inner = getattr(output, "get_base_layer", None)
+    output = inner() if callable(inner) else output
+    return frozenset(
+        path for path, module in base_modules(model) if isinstance(module, nn.Linear | Conv1D) and module is not output
+    )
+
+
 def _unwrap_peft(model: nn.Module) -> nn.Module:
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
@@ -186,9 +236,9 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
 
 def _locate(source: str) -> Path:
     """A folder for a path or a Hub id (downloaded or taken from the cache by huggingface_hub's own rules)."""
-    if Path(source).is_dir():
-        return Path(source)
     try:
+        if Path(source).is_dir():
+            return Path(source)
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelNotFoundError(
@@ -200,11 +250,12 @@ def _locate(source: str) -> Path:
 def _skeleton(folder: Path, task_type: str | None, architecture: str | None) -> PreTrainedModel:
     """The model's modules on the meta device: shapes without weights."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Never code that came with the model: without this transformers asks a terminal's user whether to run it.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model_class = _model_class(config, task_type, architecture)
         with torch.device("meta"):
             model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a configuration of wrong values makes transformers raise nearly anything
         raise BaseModelNotFoundError(
             f"the base model in {folder} cannot be opened: {error}. "
             "If its code is not part of transformers, load it yourself and pass the live model as base_model."
@@ -214,9 +265,13 @@ def _skeleton(folder: Path, task_type: str | None, architecture: str | None) -> 
 
 
 def _model_class(config: PretrainedConfig, task_type: str | None, architecture: str | None) -> Any:
-    if architecture is None and task_type in _AUTO_CLASSES:
+    if architecture is None and isinstance(task_type, str) and task_type in _AUTO_CLASSES:
         return _AUTO_CLASSES[task_type]
     names = [architecture] if architecture else config.architectures or []
     if not names:
         raise ValueError("its config.json names no architecture")
-    return getattr(transformers, names[0])
+    found = getattr(transformers, names[0], None)
+    # The name may come from a bank that somebody else made.
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"transformers {transformers.__version__} has no model {names[0]!r}")
+    return found

@@ -13,6 +13,7 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import convert as convert_checkpoint
 from lorakit.adapters.peft_reader import Checkpoint, Source, read_checkpoint
+from lorakit.errors import ConfigError, NonFiniteWeightsError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,13 +30,39 @@ def convert(name: str, source: Source | Checkpoint, base: BaseModel, dtype: torc
     Raises:
         CheckpointError, UnsupportedMethodError, ModuleNotFoundInBaseError: see `peft_reader` and `methods`.
         NonFiniteWeightsError: NaN or Inf, in the checkpoint or after the cast.
+        ConfigError: adapters are not kept in this dtype.
     """
+    check_dtype(dtype)
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     form = convert_checkpoint(checkpoint, base)
+    form.check_finite(name)
     if dtype is not None:
         form = cast(form, dtype)
-    form.check_finite(name)
+        _check_range(form, name, dtype)
     return form
+
+
+def check_dtype(dtype: object) -> None:
+    """Refuses a dtype that A and B are not kept in.
+
+    Raises:
+        ConfigError: naming those that they are.
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ConfigError(
+            f"dtype is {dtype!r}; use {', '.join(map(str, DTYPES.values()))}, or None for each adapter's own."
+        )
+
+
+def _check_range(form: AdapterForm, name: str, dtype: torch.dtype) -> None:
+    shown = str(dtype).removeprefix("torch.")
+    for path, module in form.modules.items():
+        for item, tensor in module.tensors():
+            if not tensor.isfinite().all():
+                raise NonFiniteWeightsError(
+                    f"adapter {name!r}: {item.upper()} of {path} has values larger than {shown} holds; "
+                    "keep it in float32 or bfloat16."
+                )
 
 
 def cast(form: AdapterForm, dtype: torch.dtype) -> AdapterForm:

@@ -1,15 +1,13 @@
-"""`lorakit.export`: PEFT checkpoints → an adapter bank. And adding to a bank later, by the same way.
+"""`lorakit.export`: PEFT checkpoints → a new adapter bank.
 
-The bank is made beside its place and appears there whole: a source that is refused leaves nothing behind.
+The bank appears in one step when all is written: a source that is refused leaves nothing behind.
 Knows sources, the base and the bank; knows no device.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +17,13 @@ from torch import nn
 from lorakit.adapters import fingerprint
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel
-from lorakit.adapters.convert import convert
+from lorakit.adapters.convert import check_dtype, convert
 from lorakit.adapters.damage import Progress
+from lorakit.adapters.folder import check_free
+from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.names import check_name
 from lorakit.adapters.peft_reader import Checkpoint, Source, default_name, describe, read_checkpoint
-from lorakit.errors import AdapterExistsError, BankError, BaseModelNotFoundError
+from lorakit.errors import AdapterExistsError, BankError, BaseModelMismatchError, BaseModelNotFoundError
 
 
 def export(
@@ -44,7 +44,7 @@ def export(
         base_model: the base that they were trained on, as a folder, a Hub id or a live model. None: the one that
             the first checkpoint names.
         dtype: what A and B are stored in. None: each checkpoint's own, so that `export_peft` gives it back bit for
-            bit; the runtime casts to the base's when it loads.
+            bit, and so that its outputs are PEFT's.
         overwrite: replace a bank that is there.
         progress: called with each adapter's name and bytes once it is packed.
 
@@ -53,28 +53,45 @@ def export(
 
     Raises:
         AdapterNameError, AdapterExistsError: a name that cannot be, or that comes twice.
-        BankError: the folder is in use.
+        BankError: the folder is in use or cannot be written, or there is nothing to export.
         BaseModelNotFoundError: no base given, named or found.
+        BaseModelMismatchError: no base given, and the checkpoints name different ones.
+        ConfigError: adapters are not kept in this dtype.
         CheckpointError, UnsupportedMethodError, NonFiniteWeightsError, …: a source that is refused, and why.
     """
     sources = _named(adapters)
+    check_dtype(dtype)
     path = Path(bank)
-    _check_target(path, overwrite)
-    base = _base(base_model, read_checkpoint(next(iter(sources.values()))))
+    check_free(path, overwrite)
+    first = read_checkpoint(next(iter(sources.values())))
+    base = _base(base_model, first)
+
+    def make(name: str, source: Source) -> AdapterForm:
+        checkpoint = read_checkpoint(source)
+        if base_model is None:
+            _check_same_base(first, checkpoint)
+        return convert(name, checkpoint, base, dtype)
+
     # Made one at a time, as the bank takes them: a thousand adapters need not fit in memory.
-    items = [(name, partial(convert, name, source, base, dtype), describe(source)) for name, source in sources.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        fresh = AdapterBank.create(Path(folder) / "bank", base_id=base.id, fingerprint=fingerprint.fingerprint(base))
-        fresh.add_forms(items, progress=progress)
-        _move(Path(folder) / "bank", path)
-    return AdapterBank.open(path)
+    items = [(name, partial(make, name, source), describe(source)) for name, source in sources.items()]
+    return AdapterBank.write(
+        path,
+        items,
+        base_id=base.id,
+        fingerprint=fingerprint.fingerprint(base),
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def _named(adapters: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
     """Name → source, each name checked."""
     if isinstance(adapters, Mapping):
         pairs = list(adapters.items())
+    elif isinstance(adapters, str | bytes) or not isinstance(adapters, Iterable):
+        raise BankError(
+            f"adapters is a {type(adapters).__name__}; give a list of sources, or a mapping from names to sources."
+        )
     else:
         pairs = [(default_name(source), source) for source in adapters]
     if not pairs:
@@ -91,39 +108,24 @@ def _named(adapters: Mapping[str, Source] | Sequence[Source]) -> dict[str, Sourc
     return named
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if not (path / "bank.json").is_file():
-        raise BankError(f"{path} is there already and is no bank; choose another folder.")
-    if not overwrite:
-        raise BankError(
-            f"{path} holds a bank already; add to it with AdapterBank.from_pretrained({str(path)!r}).add(name, source) "
-            "(`lorakit export --add`), or replace it with overwrite=True (`--overwrite`)."
-        )
-
-
 def _base(base_model: str | os.PathLike[str] | nn.Module | None, first: Checkpoint) -> BaseModel:
     named = base_model if base_model is not None else first.config.get("base_model_name_or_path")
     if not named:
         raise BaseModelNotFoundError(
             f"{first.source} does not say which base model it was trained on; give it as base_model (`--base`)."
         )
+    if not isinstance(named, str | os.PathLike | nn.Module):
+        raise BaseModelNotFoundError(
+            f"the base model of {first.source} is given as a {type(named).__name__}; "
+            "name a folder or a Hub id with base_model (`--base`), or pass the live model."
+        )
     return BaseModel.of(named, task_type=first.config.get("task_type"))
 
 
-def _move(fresh: Path, path: Path) -> None:
-    """Puts the fresh bank in place of what is there."""
-    if path.exists():
-        old = fresh.parent / "old"
-        os.replace(path, old)
-        try:
-            os.replace(fresh, path)
-        except OSError:
-            os.replace(old, path)
-            raise
-        shutil.rmtree(old)
-    else:
-        os.replace(fresh, path)
+def _check_same_base(first: Checkpoint, other: Checkpoint) -> None:
+    named = [checkpoint.config.get("base_model_name_or_path") for checkpoint in (first, other)]
+    if named[0] != named[1]:
+        raise BaseModelMismatchError(
+            f"{other.source} was trained on {named[1]!r}, but {first.source} on {named[0]!r}, and a bank has one base; "
+            "if they are the same model, name it with base_model (`--base`)."
+        )

@@ -26,7 +26,7 @@ def fingerprint(base: BaseModel) -> dict[str, Any]:
 
     Returns:
         {"architecture", "model_type", "places": sha256 over (path, kind, in, out) of every place, "sample":
-        {parameter name: {"dtype", "values": base64 of fp32}}}. About 8 kB.
+        {parameter name: {"dtype", "numel", "values": base64 of fp32}}}. About 8 kB.
     """
     return {
         "architecture": base.architecture,
@@ -58,7 +58,7 @@ def check(base: BaseModel, expected: dict[str, Any], *, owner: str) -> None:
     """
     try:
         difference = _difference(base, expected)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise BankError(f"{owner} has a damaged fingerprint of its base model; export it again.") from error
     if difference:
         raise BaseModelMismatchError(
@@ -74,8 +74,8 @@ def _difference(base: BaseModel, expected: dict[str, Any]) -> str:
         return "the modules or their shapes differ"
     for name, recorded in expected["sample"].items():
         here = base.parameter(name)
-        if here is None or not here.is_floating_point() or here.numel() != recorded["numel"]:
-            continue  # packed by a quantiser
+        if here is None or here.is_meta or not here.is_floating_point() or here.numel() != recorded["numel"]:
+            continue  # offloaded to disk, or packed by a quantiser
         if not _same(_decode(recorded), recorded["dtype"], _pick(here)):
             return f"the weights of {name} differ"
     return ""

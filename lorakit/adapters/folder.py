@@ -60,15 +60,15 @@ class BankFolder:
         Raises:
             BankError: the folder holds something already, or cannot be written.
         """
-        _check_free(path, overwrite)
-        made = not path.exists()
+        check_free(path, overwrite)
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         folder = cls(path, index)
         try:
             with folder.locked():
                 # Once more: another process may have been faster.
-                _check_free(path, overwrite)
+                check_free(path, overwrite)
                 if (path / INDEX_NAME).is_file():
                     folder.index = replace(index, next_shard=_load_index(path).next_shard)
                 try:
@@ -79,10 +79,11 @@ class BankFolder:
                         folder.index = _load_index(path) if (path / INDEX_NAME).is_file() else index
                         folder._sweep()
         except BaseException:
-            if made and not (path / INDEX_NAME).exists():
+            if path in made and not (path / INDEX_NAME).exists():
                 with suppress(OSError):
                     (path / LOCK_NAME).unlink(missing_ok=True)
-                    path.rmdir()
+                    for parent in made:  # unless somebody uses them by now
+                        parent.rmdir()
             raise
 
     @classmethod
@@ -176,8 +177,17 @@ class BankFolder:
                     path.unlink()
 
 
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuses a place where a new bank would disturb something.
+
+    Raises:
+        BankError: a bank is there and `overwrite` is off, or anything else is there, or it cannot be looked at.
+    """
+    with writing(folder):
+        _check_free(folder, overwrite)
+
+
 def _check_free(folder: Path, overwrite: bool) -> None:
-    """Refuses a place where a new bank would disturb something."""
     if (folder / INDEX_NAME).exists():
         if overwrite:
             return

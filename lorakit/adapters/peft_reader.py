@@ -6,12 +6,11 @@ mathematics (methods/) and no base model.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,7 +34,7 @@ PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A PEFT checkpoint as it was saved.
 
@@ -66,15 +65,24 @@ def read_checkpoint(source: Source) -> Checkpoint:
             that PEFT does not write.
     """
     if isinstance(source, PeftModel):
-        return _read_live(source, str(source.active_adapter))
-    return _read_folder(_locate(str(source)), describe(source))
+        return _read_live(source)
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        shown = repr(source) if source is None or isinstance(source, str | int) else f"a {type(source).__name__}"
+        raise CheckpointError(f"{shown} is no adapter's source; give a folder, a Hub id or a live PeftModel.")
+    try:
+        return _read_folder(_locate(str(source)), describe(source))
+    except OSError as error:
+        raise CheckpointError(
+            f"{source} cannot be read: {_reason(error)}. Check the path and its permissions."
+        ) from error
 
 
 def default_name(source: Source) -> str:
     """The name that a list of sources gives an adapter: its folder's, its repository's, or its PEFT name."""
     if isinstance(source, PeftModel):
         return str(source.active_adapter)
-    return Path(os.path.normpath(str(source))).name
+    # Absolute, so that "." has its folder's name.
+    return Path(os.path.abspath(str(source))).name
 
 
 def describe(source: Source) -> str:
@@ -82,11 +90,27 @@ def describe(source: Source) -> str:
     return f"PeftModel:{source.active_adapter}" if isinstance(source, PeftModel) else str(source)
 
 
-def _read_live(model: PeftModel, name: str) -> Checkpoint:
-    # Through PEFT's own writer: what a live model gives is what its saved checkpoint would give.
-    with tempfile.TemporaryDirectory(prefix="lorakit-") as folder:
-        model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
-        return _read_folder(Path(folder) if name == "default" else Path(folder) / name, describe(model))
+def _read_live(model: PeftModel) -> Checkpoint:
+    source = describe(model)
+    active = list(getattr(model.base_model, "active_adapters", [model.active_adapter]))
+    if active != [model.active_adapter]:
+        raise CheckpointError(
+            f"{source}: {active} are active together, and their sum is no adapter; call set_adapter with one of them."
+        )
+    name = str(model.active_adapter)
+    try:
+        # Through PEFT's own writer: what a live model gives is what its saved checkpoint would give.
+        with tempfile.TemporaryDirectory(prefix="lorakit-") as folder:
+            model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+            checkpoint = _read_folder(Path(folder) if name == "default" else Path(folder) / name, source)
+    except OSError as error:
+        raise CheckpointError(
+            f"{source}: its temporary copy cannot be written: {_reason(error)}. Free space there, or set TMPDIR."
+        ) from error
+    # PEFT sorts them when it saves, but the first that matches counts.
+    live = model.peft_config[name]
+    patterns = {key: dict(getattr(live, key)) for key in ("rank_pattern", "alpha_pattern") if getattr(live, key, None)}
+    return dataclasses.replace(checkpoint, config={**checkpoint.config, **patterns})
 
 
 def _locate(source: str) -> Path:
@@ -98,7 +122,8 @@ def _locate(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=[CONFIG, SAFETENSORS, PICKLE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{source!r} is neither a folder here nor a repository that the Hub gave ({type(error).__name__})."
+            f"{source!r} is neither a folder here nor a repository that the Hub gave ({type(error).__name__}). "
+            "Check its spelling, the network and your access to it."
         ) from error
 
 
@@ -122,6 +147,10 @@ def _read_folder(folder: Path, source: str) -> Checkpoint:
     return Checkpoint(source, config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
 
 
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
 def _read_config(folder: Path, source: str) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
@@ -130,7 +159,7 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
         raise CheckpointError(f"{source} holds no {CONFIG}; {remedy}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source}: {CONFIG} is not readable as JSON: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CheckpointError(f"{source}: {CONFIG} names no peft_type; it is not a PEFT configuration.")
@@ -141,23 +170,31 @@ def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
     if (folder / SAFETENSORS).is_file():
         try:
             return load_file(folder / SAFETENSORS)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, ValueError) as error:
             raise CheckpointError(f"{source}: {SAFETENSORS} is damaged or truncated: {error}.") from error
     if (folder / PICKLE).is_file():
         return _read_pickle(folder / PICKLE, source)
-    raise CheckpointError(f"{source} holds neither {SAFETENSORS} nor {PICKLE}.")
+    raise CheckpointError(f"{source} holds neither {SAFETENSORS} nor {PICKLE}; save the adapter there again.")
 
 
 def _read_pickle(path: Path, source: str) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # damaged bytes make it raise nearly anything
         raise CheckpointError(
-            f"{source}: {path.name} is a pickle that does not load with weights_only=True, so it may run code; "
-            f"save it again as {SAFETENSORS} with a current PEFT."
+            f"{source}: {path.name} is a pickle that does not load with weights_only=True: it is damaged, or may run "
+            f"code. Save it again as {SAFETENSORS} with a current PEFT."
         ) from error
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
     ):
-        raise CheckpointError(f"{source}: {path.name} is not a mapping from keys to tensors.")
-    return {key: value.contiguous() for key, value in loaded.items()}
+        raise CheckpointError(f"{source}: {path.name} is not a mapping from keys to tensors; save the adapter again.")
+    for key, value in loaded.items():
+        # Also none that takes more memory than the file has bytes, as an expanded view of a few can.
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu" or not _is_stored(value):
+            raise CheckpointError(f"{source}: {key} in {path.name} is no plain tensor; save the adapter again.")
+    return {key: value.detach().contiguous() for key, value in loaded.items()}
+
+
+def _is_stored(tensor: torch.Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

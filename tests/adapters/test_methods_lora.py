@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import math
-import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, METHODS, adapt
-from hypothesis import assume, given, settings
+from architectures import ARCHITECTURES, METHODS
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft_folders import CONFIG, base_of, edit_config, edit_tensors, key_of, relative, save, small, tenant_of, tree
@@ -24,7 +23,6 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import convert
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import lora
-from lorakit.adapters.peft_reader import read_checkpoint
 from lorakit.errors import (
     CheckpointError,
     LorakitError,
@@ -57,49 +55,33 @@ def dora_folder(tmp_path):
 # Exactness, in fp64
 
 
-def merged(tenant: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """Module path → its weight (out, in) and bias as PEFT merges them, all in fp64."""
-    model = copy.deepcopy(tenant).double().merge_and_unload(safe_merge=True)
-    return {
-        path: (
-            module.weight.T if not isinstance(module, nn.Linear) else module.weight,
-            getattr(module, "bias", None),
-        )
-        for path, module in model.named_modules()
-        if getattr(module, "weight", None) is not None and module.weight.dim() == 2
-    }
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt", "t5"])
 @torch.no_grad()
 def test_the_form_is_what_peft_merges(name, method):
-    options = {}
-    if method == "lora_bias" and name in ("opt", "t5"):
-        pytest.skip("PEFT cannot merge a bias into a module that has none")
-    tenant = tenant_of(method, name, **options)
-    form = form_of(tenant, name)
-    theirs = merged(tenant)
-    bases = dict(BaseModel.of(base_of(name)).places)
-    assert form.modules.keys() <= bases.keys()
+    tenant = tenant_of(method, name)
     base = BaseModel.of(base_of(name))
-    for path, module in form.modules.items():
+    for path, module in form_of(tenant, name).modules.items():
+        # Alone, as tied weights would be merged into twice.
+        layer = copy.deepcopy(tenant.base_model.model.get_submodule(path)).double()
         a = (module.a if module.kind == "linear" else module.a.T).double()
-        delta = module.scale * module.b.double() @ a
-        weight = base.weight(path).double() + delta
-        bias = base.bias(path)
-        bias = None if bias is None else bias.double()
-        if module.c is not None:
-            weight = module.c.double()[:, None] * weight
-            bias = None if bias is None else module.c.double() * bias
-        if module.d is not None:
-            bias = module.d.double() if bias is None else bias + module.d.double()
-        expected, expected_bias = theirs[path]
+        weight = base.weight(path).double() + module.scale * module.b.double() @ a
+        c = torch.ones(len(weight)) if module.c is None else module.c
+        d = torch.zeros(len(weight)) if module.d is None else module.d
+        weight, bias = c.double()[:, None] * weight, base.bias(path)
         # c and d are kept in fp32.
-        bound = 1e-6 if module.c is not None or module.d is not None else 1e-14
-        assert relative(weight, expected) < bound, path
+        bound = 1e-14 if module.c is None else 1e-6
         if bias is not None:
-            assert relative(bias, expected_bias) < bound, path
+            bias = c.double() * bias.double() + d.double()
+        elif module.d is not None:  # PEFT cannot merge it, but computes it
+            assert method == "lora_bias"
+            assert relative(module.d, layer.scaling["default"] * layer.lora_B["default"].bias) < 1e-6
+            layer.lora_bias["default"] = False
+        layer.merge(safe_merge=True)
+        merged = layer.get_base_layer()
+        assert relative(weight, merged.weight if isinstance(merged, nn.Linear) else merged.weight.T) < bound, path
+        if bias is not None:
+            assert relative(bias, merged.bias) < max(bound, 1e-6 if method == "lora_bias" else 0), path
 
 
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {}], ids=["rslora", "lora"])
@@ -132,6 +114,14 @@ def test_patterns_are_pefts(ranks, alphas, tmp_path):
     assert {module.rank for module in form.modules.values()} != {4} or ranks == {"proj": 3}
 
 
+def test_patterns_of_a_live_model_count_in_its_order_not_in_the_sorted_one_of_the_file():
+    patterns = {"self_attn.q_proj": 2, "q_proj": 9}
+    tenant = small(rank_pattern=patterns, alpha_pattern={"proj": 1, "q_proj": 3, r"layers\.0.*": 5})
+    for path, module in form_of(tenant).modules.items():
+        layer = tenant.base_model.model.get_submodule(path)
+        assert (module.rank, module.scale) == (layer.r["default"], layer.scaling["default"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_factors_keep_their_dtype_unless_asked(folder, dtype):
     form = convert("tenant", folder, llama(), dtype)
@@ -142,13 +132,9 @@ def test_factors_keep_their_dtype_unless_asked(folder, dtype):
 # Every option of PEFT's LoraConfig is known
 
 
-def plain_config() -> dict:
-    return json.loads(json.dumps({k: v for k, v in LoraConfig(target_modules=["q_proj", "down_proj"]).to_dict().items()
-                                  if not isinstance(v, set)} | {"target_modules": ["q_proj", "down_proj"], "r": 4}))
-
-
 def test_the_default_config_of_the_installed_peft_converts(folder):
-    (folder / CONFIG).write_text(json.dumps(plain_config()))
+    targets = ["q_proj", "down_proj"]
+    (folder / CONFIG).write_text(json.dumps(LoraConfig(r=4).to_dict() | {"target_modules": targets}))
     assert form_of(folder).method == "lora"
 
 
@@ -250,7 +236,7 @@ def test_every_peft_type_is_served_or_refused(folder, peft_type):
         {"alpha_pattern": None},
         {"task_type": "CAUSAL_LM"},
     ],
-    ids=json.dumps if False else str,
+    ids=str,
 )
 def test_options_that_change_nothing(folder, changes):
     expected = form_of(folder)
@@ -304,6 +290,8 @@ def test_options_that_change_nothing(folder, changes):
         {"use_rslora": "no"},
         {"use_dora": "no"},
         {"lora_bias": 1},
+        {"lora_dropout": 4},
+        {"lora_dropout": "0.1"},
         {"target_modules": "("},
         {"target_modules": "a{99999999999999999999}"},
         {"target_modules": "(" * 5000 + ")" * 5000},
@@ -333,7 +321,7 @@ def test_options_that_change_nothing(folder, changes):
 )
 def test_bad_values_in_the_configuration(folder, changes):
     edit_config(folder, **changes)
-    with pytest.raises(LorakitError, match=rf"tenant: .*{next(iter(changes))}") as caught:
+    with pytest.raises(LorakitError, match=rf"tenant: .*{list(changes)[-1]}") as caught:
         form_of(folder)
     assert isinstance(caught.value, CheckpointError | UnsupportedMethodError)
     assert len(str(caught.value)) < 1000
@@ -383,12 +371,14 @@ def move(tensors, old, new, *parts):
             "no module 'model.layers.1.mlp.act_fn' that can carry",
         ),
         (
-            lambda t: t.update({k.replace("q_proj", "o_proj"): v for k, v in t.items() if "0.self_attn.q_proj" in k}),
+            lambda t: t.update(
+                {k.replace("q_proj", "o_proj"): v + 0 for k, v in t.items() if "0.self_attn.q_proj" in k}
+            ),
             CheckpointError,
             "weights for 1 module.*'model.layers.0.self_attn.o_proj'.* target_modules",
         ),
         (
-            lambda t: t.update({k.replace("lora_", "lora_embedding_")[:-7]: v for k, v in list(t.items())[:2]}),
+            lambda t: t.update({k.replace("lora_", "lora_embedding_")[:-7]: v + 0 for k, v in list(t.items())[:2]}),
             ShapeMismatchError,
             "another kind of module than its linear",
         ),
@@ -586,11 +576,15 @@ KEYS = [
     "fan_in_fan_out", "init_lora_weights", "peft_type", "task_type", "layers_to_transform", "layers_pattern",
     "exclude_modules", "modules_to_save", "lora_dropout", "inference_mode", "megatron_core", "new_option",
 ]  # fmt: skip
-LIKELY = st.sampled_from(
-    [0, 1, 4, 8, -1, 2.0, 1e3, True, False, None, "", "q_proj", "LORA", "all-linear", "none", ".*", ".*q_proj", "(", []]
-    + [["q_proj"], ["q_proj", "down_proj"], ["down_proj", "up_proj"], [0], [1], {}, {"q_proj": 4}, {"q_proj": 2}]
-    + [{"layers.0.*": 4, "q_proj": 2}, {".*": 8}, {".*": 1.5}, "gaussian", "eva", "CAUSAL_LM", "SEQ_CLS"]
-)
+LIKELY = st.sampled_from([
+    0, 1, 4, 8, -1, 2.0, 1e3, True, False, None, "", "q_proj", "LORA", "all-linear", "none", ".*", ".*q_proj", "(", [],
+    ["q_proj"], ["q_proj", "down_proj"], ["down_proj", "up_proj"], [0], [1], {}, {"q_proj": 4}, {"q_proj": 2},
+    {"layers.0.*": 4, "q_proj": 2}, {".*": 8}, {".*": 1.5}, "gaussian", "eva", "CAUSAL_LM", "SEQ_CLS",
+])  # fmt: skip
+RENAMES = [
+    ("q_proj", "v_proj"), ("0", "1"), ("lora_A", "lora_B"), ("model.", ""), ("down", "up"), ("weight", "bias"),
+    ("layers", "layer"), (".lora_A", ""), ("lora_", "lora_embedding_"),
+]  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -598,9 +592,9 @@ JSON = st.recursive(
 )
 
 
-@cache
-def originals() -> list[Path]:
-    root = Path(tempfile.mkdtemp(prefix="lorakit-originals-"))
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("originals")
     variants = [{}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"lora_bias": True}]
     return [save(small(seed, **options), root / str(seed)) for seed, options in enumerate(variants)]
 
@@ -614,15 +608,14 @@ def mutate(data, tensors):
     """One change to a state dict."""
     key = data.draw(st.sampled_from(sorted(tensors)), label="key")
     other = data.draw(st.sampled_from(sorted(tensors)), label="other")
-    how = data.draw(st.sampled_from(["drop", "rename", "copy", "swap", "cut", "reshape", "turn", "cast", "scale", "set"]))
+    how = data.draw(
+        st.sampled_from(["drop", "rename", "copy", "swap", "cut", "reshape", "turn", "cast", "scale", "set"])
+    )
     tensor = tensors[key]
     if how == "drop":
         del tensors[key]
     elif how in ("rename", "copy"):
-        old, new = data.draw(
-            st.sampled_from([("q_proj", "v_proj"), ("0", "1"), ("lora_A", "lora_B"), ("model.", ""), ("down", "up")]
-                            + [("weight", "bias"), ("layers", "layer"), (".lora_A", ""), ("lora_", "lora_embedding_")])
-        )
+        old, new = data.draw(st.sampled_from(RENAMES))
         tensors[key.replace(old, new)] = tensor.clone()
         if how == "rename" and old in key:
             del tensors[key]
@@ -638,16 +631,17 @@ def mutate(data, tensors):
         dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.bool]))
         tensors[key] = tensor.to(dtype)
     elif how == "scale":
-        tensors[key] = tensor * data.draw(st.sampled_from([0.0, -1.0, 2.0, math.nan, math.inf, 1e30]))
+        tensors[key] = tensor * data.draw(st.sampled_from([0.0, -1.0, 2.0, math.nan, math.inf, 1e6]))
     else:
         tensors["base_model.model." + data.draw(st.text(max_size=5))] = tensor.clone()
 
 
-@settings(max_examples=120)
+# A failure is small enough as it is found; making it smaller takes minutes.
+@settings(max_examples=120, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(data=st.data())
 @torch.no_grad()
-def test_any_mutation_gives_pefts_logits_or_a_typed_error(data):
-    source = data.draw(st.sampled_from(originals()))
+def test_any_mutation_gives_pefts_logits_or_a_typed_error(originals, data):
+    source = data.draw(st.sampled_from(originals))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "tenant"
         folder.mkdir()
@@ -670,7 +664,9 @@ def test_any_mutation_gives_pefts_logits_or_a_typed_error(data):
         mine = model(**INPUTS, adapter_ids="tenant").logits
         model.unload_adapter("tenant")
         bank.verify()
-        # What lorakit takes, PEFT takes too, and gives the same.
+        # What lorakit takes, PEFT takes too, and gives the same. A field that is null is not given.
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
         theirs = PeftModel.from_pretrained(copy.deepcopy(base_of()), folder)(**INPUTS).logits
         if theirs.isfinite().all():
             assert relative(mine, theirs) < 1e-5

@@ -429,7 +429,7 @@ def test_any_bytes_are_read_or_refused(sound, file, data):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for other, content in sound():
-            if other == file or (other == CONFIG) or (other == WEIGHTS and file == CONFIG):
+            if other in (file, CONFIG) or (other == WEIGHTS and file == CONFIG):
                 (folder / other).write_bytes(damaged if other == file else content)
         before = tree(folder)
         try:

@@ -8,14 +8,16 @@ Sources: Hu et al. 2021 (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 23
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from lorakit.adapters.base import BaseModel
@@ -55,6 +57,8 @@ _INITS = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
+# Ways that leave them alone, besides true and false.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Options that do not change what a trained adapter computes: training, initialisation, bookkeeping, or read above.
 _HARMLESS = frozenset(
     "auto_mapping base_model_name_or_path revision peft_type peft_version task_type inference_mode r lora_alpha "
@@ -65,12 +69,58 @@ _HARMLESS = frozenset(
 )
 
 
+def _is_whole(value: object, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 1 << 31
+
+
+def _is_number(value: object) -> bool:
+    # The scale multiplies in fp32. The comparison refuses NaN too, and compares integers of any size.
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max  # type: ignore[arg-type]
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _maps_to(value: object, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) and fits(each) for key, each in value.items())
+
+
+def _is_rank(value: object) -> bool:
+    return _is_whole(value, least=1)
+
+
+# What the conversion reads: field, its test, and what it should be. Where a field is not needed, it may be null.
+_FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("r", _is_rank, "a whole number of at least 1"),
+    ("lora_alpha", _is_number, "a number that fp32 can hold"),
+    ("target_modules", lambda value: _are_names(value) and bool(value), "a pattern or a list of modules' names"),
+    ("rank_pattern", lambda value: _maps_to(value, _is_rank), "a mapping from patterns to whole numbers"),
+    ("alpha_pattern", lambda value: _maps_to(value, _is_number), "a mapping from patterns to numbers"),
+    ("exclude_modules", _are_names, "a pattern or a list of modules' names"),
+    (
+        "layers_to_transform",
+        lambda value: _is_whole(value) or (isinstance(value, list) and all(map(_is_whole, value))),
+        "a layer's number or a list of them",
+    ),
+    ("layers_pattern", _are_names, "a name or a list of names"),
+    ("lora_dropout", lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    ("use_rslora", lambda value: isinstance(value, bool), "true or false"),
+    ("use_dora", lambda value: isinstance(value, bool), "true or false"),
+    ("lora_bias", lambda value: isinstance(value, bool), "true or false"),
+)
+_NEEDED = ("r", "lora_alpha", "target_modules")
+# What compiling and matching an untrusted pattern can raise.
+_PATTERN_ERRORS = (re.error, OverflowError, RecursionError)
+
+
 def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     """Converts a LoRA checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     config = checkpoint.config
     _refuse_unsupported(checkpoint)
+    _check_fields(checkpoint)
     grouped = _group(checkpoint, base)
-    _check_complete(checkpoint, base, grouped)
+    _check_modules(checkpoint, base, grouped)
     modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
     # What A and B alone cannot give back to PEFT: DoRA's magnitudes, and biases, which the form holds scaled.
     extras = {
@@ -102,16 +152,21 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
         if config.get(option):
             raise UnsupportedMethodError(f"{source}: {option} is not served: {reason}.")
     init = config.get("init_lora_weights")
-    if isinstance(init, str):
-        for prefix, name in _INITS.items():
-            if init.lower().startswith(prefix):
-                raise UnsupportedMethodError(
-                    f"{source}: {name} also changed the base's weights when training began. Save the adapter with "
-                    "PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA."
-                )
+    for prefix, name in _INITS.items():
+        if isinstance(init, str) and init.lower().startswith(prefix):
+            raise UnsupportedMethodError(
+                f"{source}: init_lora_weights={init!r}: {name} also changed the base's weights when training began. "
+                "Save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+            )
+    plain = isinstance(init, str) and init.lower() in _PLAIN_INITS
+    if init is not None and not isinstance(init, bool) and not plain:
+        raise UnsupportedMethodError(
+            f"{source}: init_lora_weights={_shown(init)} is unknown to this lorakit and may have changed the base's "
+            "weights; upgrade lorakit."
+        )
     if config.get("bias", "none") != "none":
         raise UnsupportedMethodError(
-            f"{source}: bias={config['bias']!r} replaces the base's biases, which is not served; "
+            f"{source}: bias={_shown(config['bias'])} replaces the base's biases, which is not served; "
             "train with bias='none', or lora_bias=True for a bias of the adapter's own."
         )
     # An option of a newer PEFT may change the mathematics: silently wrong output is worse than a refusal.
@@ -121,9 +176,30 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
             f"{source}: adapter_config.json sets options that this lorakit does not know ({', '.join(unknown)}), "
             "so it cannot promise PEFT's outputs; upgrade lorakit."
         )
-    for option in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(option) or {}, Mapping):
-            raise CheckpointError(f"{source}: {option} must map module patterns to numbers.")
+
+
+def _check_fields(checkpoint: Checkpoint) -> None:
+    """Refuses a configuration that cannot be meant: by what is read here, and by PEFT's own rules."""
+    config, source = checkpoint.config, checkpoint.source
+    for field, fits, wanted in _FIELDS:
+        value = config.get(field)
+        if not fits(value) if value is not None else field in _NEEDED:
+            found = _shown(value) if field in config else "missing"
+            raise CheckpointError(
+                f"{source}: {field} of adapter_config.json is {found}, but should be {wanted}; save the adapter again."
+            )
+    known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    try:
+        LoraConfig(**{key: value for key, value in config.items() if key in known})
+    except (TypeError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"{source}: PEFT does not take this adapter_config.json: {error}. Save the adapter again."
+        ) from error
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _group(checkpoint: Checkpoint, base: BaseModel) -> dict[str, dict[str, torch.Tensor]]:
@@ -150,29 +226,48 @@ def _is_base_copy(key: str, tensor: torch.Tensor, base: BaseModel) -> bool:
     return torch.equal(weight.to(tensor.dtype), tensor) or torch.equal(tensor.to(weight.dtype), weight)
 
 
-def _check_complete(checkpoint: Checkpoint, base: BaseModel, grouped: Mapping[str, object]) -> None:
-    """Refuses a checkpoint that lacks modules its own configuration targets: PEFT would leave them at the base."""
-    config = checkpoint.config
-    targets = config.get("target_modules")
+def _check_modules(checkpoint: Checkpoint, base: BaseModel, grouped: Mapping[str, object]) -> None:
+    """Refuses weights for other modules than the configuration targets.
+
+    PEFT would leave the modules that lack weights as the base has them, and overlook the weights of others.
+    """
     if not grouped:
-        raise CheckpointError(f"{checkpoint.source}: the checkpoint holds no lora_A and lora_B.")
-    if not targets or targets == "all-linear":
-        return
-    fields = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
-    matcher = SimpleNamespace(target_modules=targets, **{field: config.get(field) for field in fields})
-    try:
-        missing = [
-            path for path in base.places if path not in grouped and check_target_module_exists(matcher, path) is True
-        ]
-    except (re.error, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{checkpoint.source}: target_modules or layers_to_transform cannot be read: {error}."
-        ) from error
+            f"{checkpoint.source}: the checkpoint holds no lora_A and lora_B; save the adapter again."
+        )
+    for path in grouped:
+        _place(checkpoint, base, path)
+    targeted = _targeted(checkpoint, base)
+    missing = [path for path in base.places if path in targeted and path not in grouped]
     if missing:
         raise CheckpointError(
             f"{checkpoint.source}: the weights lack {len(missing)} of the modules that target_modules names, "
             f"for example {missing[0]!r}; the file is incomplete, or was trained on another base."
         )
+    surplus = [path for path in grouped if path not in targeted]
+    if surplus:
+        raise CheckpointError(
+            f"{checkpoint.source}: there are weights for {len(surplus)} modules, for example {surplus[0]!r}, that "
+            "target_modules and its exceptions do not name, so PEFT would not use them; save the adapter again."
+        )
+
+
+def _targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
+    """The places that PEFT would adapt."""
+    config = checkpoint.config
+    if isinstance(config["target_modules"], str) and config["target_modules"].lower() == "all-linear":
+        return base.all_linear
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    matcher = SimpleNamespace(
+        modules_to_save=None, target_parameters=None, **{field: config.get(field) for field in fields}
+    )
+    try:
+        return frozenset(path for path in base.places if check_target_module_exists(matcher, path))
+    except _PATTERN_ERRORS as error:
+        raise CheckpointError(
+            f"{checkpoint.source}: a pattern in target_modules, exclude_modules or layers_pattern is no regular "
+            f"expression ({error}); save the adapter again."
+        ) from error
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
@@ -230,18 +325,14 @@ def _rank_and_scale(checkpoint: Checkpoint, path: str) -> tuple[int, float]:
     """r and s of a module, as peft.LoraModel finds them: the first pattern that matches the path's end."""
     config = checkpoint.config
     try:
-        rank = _by_pattern(config.get("rank_pattern"), path, config["r"])
-        alpha = _by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-        rank, alpha = int(rank), float(alpha)
-        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        rank: int = _by_pattern(config.get("rank_pattern"), path, config["r"])
+        alpha: float = _by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+    except _PATTERN_ERRORS as error:
         raise CheckpointError(
-            f"{checkpoint.source}: r, lora_alpha, rank_pattern or alpha_pattern of adapter_config.json give no rank "
-            f"and scale for {path} ({type(error).__name__}: {error})."
+            f"{checkpoint.source}: a pattern in rank_pattern or alpha_pattern is no regular expression ({error}); "
+            "save the adapter again."
         ) from error
-    if rank < 1 or not math.isfinite(scale):
-        raise CheckpointError(f"{checkpoint.source}: {path} has rank {rank} and scale {scale}.")
-    return rank, scale
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
