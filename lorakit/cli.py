@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
+_MOST_ADAPTERS = 64  # that answer a prompt when none is named
+
 Bank = Annotated[Path, typer.Argument(help="The bank's folder.", show_default=False)]
 Base = Annotated[
     str | None,
@@ -122,7 +124,8 @@ def generate(
     bank: Bank,
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="An adapter; repeat it for more.", show_default=False)
+        list[str] | None,
+        typer.Option("--adapter", "-a", help="An adapter; repeat it for more. By default all.", show_default=False),
     ] = None,
     with_base: Annotated[bool, typer.Option("--with-base", help="Let the base answer too.")] = False,
     base: Base = None,
@@ -143,7 +146,9 @@ def generate(
     if not math.isfinite(temperature):
         raise ConfigError(f"--temperature is {temperature}; give a finite number of at least 0.")
     opened = AdapterBank.open(bank)
-    names: list[str | None] = [*(adapter or [] if with_base else adapter or opened.names)]
+    if not adapter and len(opened) > _MOST_ADAPTERS:
+        raise ConfigError(f"the bank {bank} holds {len(opened)} adapters; name some of them with --adapter.")
+    names: list[str | None] = [*(adapter or opened.names)]
     if with_base or not names:
         names.append(None)
     for name in names:

@@ -6,8 +6,6 @@ from architectures import ARCHITECTURES, METHODS, adapt
 
 from lorakit import MultiLoraModel
 
-NAMES = ["llama", "gpt2", "opt", "t5", "bert"]
-
 
 def poisoned(name: str, method: str) -> MultiLoraModel:
     """A model with a good adapter and one whose slot is full of NaN: a load that went wrong, past all checks."""
@@ -26,8 +24,8 @@ def fill(model: MultiLoraModel, name: str, value: float) -> None:
             tensor.fill_(value)
 
 
-@pytest.mark.parametrize("method", ["lora", "rank_pattern", "lora_bias", "dora", "embeddings-dora"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_an_adapter_full_of_nan_changes_no_other_row_by_a_bit(name, method):
     model = poisoned(name, method)
@@ -44,7 +42,7 @@ def test_an_adapter_full_of_nan_changes_no_other_row_by_a_bit(name, method):
             assert torch.equal(before[row], after[row])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_the_same_call_gives_the_same_bits(name):
     model = poisoned(name, "lora")
@@ -55,7 +53,7 @@ def test_the_same_call_gives_the_same_bits(name):
     assert torch.equal(first, model(**inputs, adapter_ids=ids).logits)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_a_rows_output_depends_on_no_other_rows_adapter(name):
     """On the CPU to rounding: a batched product may block its rows otherwise when there are more of them."""
