@@ -126,16 +126,15 @@ def _first(targets: str | list[str]) -> str:
     return "q_proj" if isinstance(targets, str) else targets[0]
 
 
-def adapt(base: PreTrainedModel, seed: int, **options: Any) -> PeftModel:
-    """A PEFT model over a copy of the base, every parameter of its adapter random."""
+def adapt(base: PreTrainedModel, seed: int, *, copied: bool = True, **options: Any) -> PeftModel:
+    """A PEFT model over the base, or a copy of it, every parameter of its adapter random."""
     defaults = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
-    # Which base: what PEFT records when it is loaded from a folder.
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(**(defaults | options))).eval()
+    model = get_peft_model(copy.deepcopy(base) if copied else base, LoraConfig(**(defaults | options))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_magnitude_vector" in name:
-                parameter.mul_(1 + 0.4 * torch.rand(parameter.shape, generator=generator))
+                parameter.mul_(1 + 0.4 * torch.rand(parameter.shape, generator=generator).to(parameter.device))
             elif "lora_" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model

@@ -187,6 +187,14 @@ def test_gpu_asked_for_and_absent(tiny_base: Path, tmp_path: Path) -> None:
         recipe.resolve_device(make(tmp_path / "run", tiny_base, device="cuda"))
 
 
+@pytest.mark.gpu
+def test_qlora_trains_a_plain_adapter_over_a_4_bit_base(tiny_base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = finetune(make(tmp_path / "run", tiny_base, use_qlora=True, device="auto"), progress=False)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_qlora_without_bitsandbytes(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
