@@ -136,7 +136,9 @@ def test_export_inspect_verify_and_back(lorakit_, place):
 
 def test_options_of_export(lorakit_, place):
     assert lorakit_("export", "new", "sql", "--base", "base", "--dtype", "bfloat16").code == 0
-    assert AdapterBank.open("new")["sql"].dtype == torch.bfloat16 and AdapterBank.open("new").base_id == "base"
+    assert AdapterBank.open("new")["sql"].dtype == torch.bfloat16 and AdapterBank.open("new").base_id == str(
+        place / "base"
+    )
     assert lorakit_("export", "new", "law", "--add").code == 0
     assert AdapterBank.open("new").names == ["sql", "law"]
     assert lorakit_("export", "new", "sql=law", "--add", "--overwrite").code == 0
@@ -176,9 +178,8 @@ def test_generate_answers_every_prompt_by_every_adapter(lorakit_, place):
         output = model.generate(**ids, adapter_ids=name if name == "law" else None, max_new_tokens=4, do_sample=False)
         assert answer == tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert len(answers(lorakit_("generate", "bank", "w5", "--max-new-tokens", 1).out)) == 2
-    assert [
-        row[1] for row in answers(lorakit_("generate", "bank", "w5", "--with-base", "--max-new-tokens", 1).out)
-    ] == ["(base)"]
+    outcome = lorakit_("generate", "bank", "w5", "--with-base", "--max-new-tokens", 1)
+    assert [row[1] for row in answers(outcome.out)] == ["sql", "law", "(base)"]
 
 
 def test_sampling_repeats_with_its_seed(lorakit_, place):
@@ -224,8 +225,8 @@ def test_text_is_shown_as_it_is(lorakit_, place):
     [
         ("export new gone --base base", r"'gone' is neither a folder here nor a repository .* Check its spelling"),
         ("export new sql --base gone", r"the base model 'gone' is neither a folder .* Name a folder or a Hub id"),
-        ("export bank sql", r"holds a bank already; add to it .*--add.* or replace it .*--overwrite"),
-        ("export base sql", r"base is there already and is no bank; choose another folder"),
+        ("export bank sql", r"holds a bank already: add to it .*--add.* replace it .*--overwrite"),
+        ("export base sql", r"'base' is not empty \(it holds 'config.json'\): choose an empty or a new folder"),
         ("export new sql --dtype int8", r"--dtype 'int8' is unknown; use one of float32, bfloat16, float16"),
         ("export new sql sql", r"two sources would be called 'sql'; name them apart, as NAME=SOURCE"),
         ("export new x=", r"'x=' names no source; write NAME=SOURCE"),

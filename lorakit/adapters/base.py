@@ -40,7 +40,13 @@ _AUTO_CLASSES = {
 class _Weights(Protocol):
     """Gives a named parameter of the base, or None where it has none of that name."""
 
-    def get(self, name: str) -> torch.Tensor | None: ...
+    def get(self, name: str) -> torch.Tensor | None:
+        """What it stands for: dequantised, if it is packed."""
+        ...
+
+    def stored(self, name: str) -> torch.Tensor | None:
+        """What is in memory or on disk; None also where that is packed, or offloaded."""
+        ...
 
 
 class BaseModel:
@@ -106,8 +112,13 @@ class BaseModel:
         return self._weights.get(f"{path}.bias")
 
     def parameter(self, name: str) -> torch.Tensor | None:
-        """A parameter by its name in the model, in its own dtype, or None where there is none."""
-        return self._weights.get(name)
+        """A parameter by its name in the model, exactly as the base stores it.
+
+        Returns:
+            The tensor in its own dtype; None where there is none of that name, where a quantiser has packed it (what
+            it gives back is not what it was given), or where it is offloaded.
+        """
+        return self._weights.stored(name)
 
     def _parameter(self, name: str) -> torch.Tensor:
         tensor = self._weights.get(name)
@@ -139,6 +150,15 @@ class _LiveWeights:
         if item == "weight":
             tensor = dequantize_module_weight(module)
         return tensor.detach()
+
+    def stored(self, name: str) -> torch.Tensor | None:
+        path, _, item = name.rpartition(".")
+        tensor = getattr(self._modules.get(path), item, None)
+        if tensor is None or tensor.is_meta:
+            return None
+        plain = self.get(name)
+        # A packed weight is given back as another tensor than the one that is kept.
+        return plain if plain is not None and plain.data_ptr() == tensor.data_ptr() else None
 
 
 class _CheckpointWeights:
@@ -190,6 +210,9 @@ class _CheckpointWeights:
                         return tensor
         weights, missing = self._loaded
         return None if name in missing else weights.get(name)
+
+    def stored(self, name: str) -> torch.Tensor | None:
+        return self.get(name)
 
 
 @contextmanager

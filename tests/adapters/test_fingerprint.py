@@ -134,3 +134,28 @@ def test_any_json_passes_or_is_a_typed_error(print_, path, value):
         check(BaseModel.of(base_of()), changed, owner="the bank")
     except LorakitError as error:
         assert "the bank" in str(error)
+
+
+class Packed(torch.nn.Module):
+    """A linear as a quantiser leaves it: a packed weight, and a rounded one when asked back."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = torch.nn.Parameter(linear.weight.detach().clone())
+        self.W_q = None  # PEFT knows HQQ's layers by it
+
+    def dequantize(self):
+        return torch.round(self.weight.detach() * 8) / 8
+
+
+def test_a_quantised_base_is_recognised_by_what_is_not_packed():
+    base = ARCHITECTURES["llama"].build()
+    expected = fingerprint(BaseModel.of(base))
+    for layer in base.model.layers:
+        layer.mlp.up_proj, layer.mlp.down_proj = Packed(layer.mlp.up_proj), Packed(layer.mlp.down_proj)
+    check(BaseModel.of(base), expected, owner="the bank")
+    with torch.no_grad():
+        base.model.embed_tokens.weight.add_(0.1)
+    with pytest.raises(BaseModelMismatchError, match="embed_tokens"):
+        check(BaseModel.of(base), expected, owner="the bank")

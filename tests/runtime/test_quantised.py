@@ -1,7 +1,5 @@
 """A quantised base: adapters add to what its layers return, and never touch their packed weights."""
 
-import copy
-
 import pytest
 import torch
 from architectures import ARCHITECTURES, adapt
@@ -11,6 +9,10 @@ import lorakit
 from lorakit import MultiLoraModel
 
 pytestmark = pytest.mark.gpu
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -36,9 +38,11 @@ def test_adapters_on_a_bitsandbytes_base_equal_pefts(tmp_path, bits, options):
     inputs = {key: tensor.cuda() for key, tensor in llama.inputs(3).items()}
     mixed = model(**inputs, adapter_ids=["tenant", None, "tenant"]).logits
     expected = tenant(**inputs).logits
-    torch.testing.assert_close(mixed[[0, 2]], expected[[0, 2]], rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(mixed[1], base(**inputs).logits[1], rtol=2e-2, atol=2e-2)
-    assert not torch.allclose(expected[0], base(**inputs).logits[0], rtol=0.1, atol=0.1)
+    plain = base(**inputs).logits
+    # LLM.int8 chooses its outlier columns over the whole batch, so a row depends a little on the others there.
+    assert relative(mixed[[0, 2]], expected[[0, 2]]) < (0.01 if bits == 4 else 0.05)
+    assert relative(mixed[1], plain[1]) < (0.01 if bits == 4 else 0.05)
+    assert relative(plain[[0, 2]], expected[[0, 2]]) > 0.3
 
 
 @torch.no_grad()
@@ -58,4 +62,4 @@ def test_a_bank_of_the_plain_base_is_served_on_the_quantised_one(tmp_path):
     model = MultiLoraModel(base.eval(), bank)
     inputs = {key: tensor.cuda() for key, tensor in llama.inputs(2).items()}
     mixed = model(**inputs, adapter_ids=["tenant", None]).logits
-    assert mixed.isfinite().all() and not torch.allclose(mixed[0], copy.deepcopy(base)(**inputs).logits[0], atol=0.1)
+    assert mixed.isfinite().all() and relative(base(**inputs).logits[0], mixed[0]) > 0.3
