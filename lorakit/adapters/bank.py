@@ -372,14 +372,26 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Adds a PEFT checkpoint of the bank's base model.
+        """Adds a PEFT checkpoint of the bank's base model; as `add_all` with one."""
+        self.add_all({name: source}, base_model=base_model, dtype=dtype, overwrite=overwrite)
+
+    def add_all(
+        self,
+        sources: Mapping[str, Source],
+        *,
+        base_model: str | os.PathLike[str] | nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Adds PEFT checkpoints of the bank's base model, all or none.
 
         Args:
-            name: the adapter's name.
-            source: a folder that PEFT saved, a Hub id, or a live `peft.PeftModel`.
+            sources: name → a folder that PEFT saved, a Hub id, or a live `peft.PeftModel`.
             base_model: the base as a folder, a Hub id or a live model; None: where the bank says that it is.
             dtype: what A and B are stored in; None: the checkpoint's own.
-            overwrite: replace an adapter of this name.
+            overwrite: replace adapters of these names.
+            progress: called for each adapter written.
 
         Raises:
             AdapterNameError: a name that cannot be.
@@ -394,12 +406,16 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         from lorakit.adapters.convert import convert
         from lorakit.adapters.peft_reader import describe
 
-        _check_new(name, set(), self._folder.index, overwrite)
+        self.reload()  # another process may have removed what was in the way
+        for name in sources:
+            _check_new(name, set(), self._folder.index, overwrite)
         architecture = str(self.fingerprint.get("architecture") or "") or None
         base = BaseModel.of(self.base_id if base_model is None else base_model, architecture=architecture)
         fingerprint.check(base, self.fingerprint, owner=f"the bank {str(self.path)!r}")
-        form = convert(name, source, base, dtype)
-        self.add_forms([(name, form, describe(source))], overwrite=overwrite)
+        items = [
+            (name, partial(convert, name, source, base, dtype), describe(source)) for name, source in sources.items()
+        ]
+        self.add_forms(items, overwrite=overwrite, progress=progress)
 
     def remove(self, *names: str) -> None:
         """Removes adapters, all or none. Shards that hold no adapter any more are deleted.

@@ -278,6 +278,8 @@ def _skeleton(folder: Path, task_type: str | None, architecture: str | None) -> 
         model_class = _model_class(config, task_type, architecture)
         with torch.device("meta"):
             model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+    except BaseModelNotFoundError:
+        raise
     except Exception as error:  # a configuration of wrong values makes transformers raise nearly anything
         raise BaseModelNotFoundError(
             f"the base model in {folder} cannot be opened: {error}. "
@@ -293,8 +295,19 @@ def _model_class(config: PretrainedConfig, task_type: str | None, architecture: 
     names = [architecture] if architecture else config.architectures or []
     if not names:
         raise ValueError("its config.json names no architecture")
-    found = getattr(transformers, names[0], None)
-    # The name may come from a bank that somebody else made.
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ValueError(f"transformers {transformers.__version__} has no model {names[0]!r}")
-    return found
+    return architecture_class(names[0])
+
+
+def architecture_class(name: str) -> type[PreTrainedModel]:
+    """A model class of transformers by its name, which may come from a bank that somebody else made.
+
+    Raises:
+        BaseModelNotFoundError: transformers has no such model.
+    """
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    raise BaseModelNotFoundError(
+        f"transformers {transformers.__version__} has no model {name!r}; if its code is your own, load it yourself and "
+        "pass the live model."
+    )

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
-import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from lorakit.adapters import convert, fingerprint, names
 from lorakit.adapters.bank import AdapterBank
-from lorakit.adapters.base import BaseModel
+from lorakit.adapters.base import BaseModel, architecture_class
 from lorakit.adapters.layout import Extent
 from lorakit.adapters.peft_reader import Source
 from lorakit.errors import (
@@ -118,17 +117,20 @@ class MultiLoraModel(nn.Module):
             BaseModelNotFoundError: no such base, or transformers lacks the class that the bank was made for.
         """
         bank = bank if isinstance(bank, AdapterBank) else AdapterBank.from_pretrained(bank)
-        architecture = str(bank.fingerprint.get("architecture"))
-        model_class = getattr(transformers, architecture, None)
-        if model_class is None:
-            raise BaseModelNotFoundError(
-                f"transformers {transformers.__version__} has no {architecture}, which the bank at {bank.path} was "
-                "made for; load the base yourself and call MultiLoraModel(model, bank)."
-            )
+        model_class = architecture_class(str(bank.fingerprint.get("architecture")))
         try:
             model = model_class.from_pretrained(base, **{"dtype": "auto", **kwargs})
-        except OSError as error:
-            raise BaseModelNotFoundError(f"the base model {str(base)!r} cannot be loaded: {error}") from error
+        except (
+            torch.OutOfMemoryError,
+            ImportError,
+            TypeError,
+        ):  # not the base's fault, but the machine's or the call's
+            raise
+        except Exception as error:  # a damaged base makes transformers raise nearly anything
+            raise BaseModelNotFoundError(
+                f"the base model {str(base)!r} cannot be loaded: {error} ({type(error).__name__}). "
+                "Check the folder or the Hub id, and download it again if it is damaged."
+            ) from error
         return cls(model.eval(), bank, adapter_dtype=adapter_dtype, adapter_memory=adapter_memory)
 
     @property
