@@ -278,8 +278,6 @@ def _skeleton(folder: Path, task_type: str | None, architecture: str | None) -> 
         model_class = _model_class(config, task_type, architecture)
         with torch.device("meta"):
             model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
-    except BaseModelNotFoundError:
-        raise
     except Exception as error:  # a configuration of wrong values makes transformers raise nearly anything
         raise BaseModelNotFoundError(
             f"the base model in {folder} cannot be opened: {error}. "
