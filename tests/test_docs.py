@@ -58,6 +58,7 @@ def test_the_guides_run_as_written(tmp_path, monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
+    wrong = []
     for page in PAGES:
         names: dict = {"__name__": "__main__"}
         printed = None
@@ -72,10 +73,12 @@ def test_the_guides_run_as_written(tmp_path, monkeypatch):
             elif language == "bash":
                 printed = run_bash(body, where)
             elif language == "text" and printed is not None:
-                assert trimmed(body) == trimmed(printed), where
+                if trimmed(body) != trimmed(printed):
+                    wrong.append(f"{where} should show:\n{printed}")
                 printed = None
             else:
                 printed = None
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_guide_is_run():

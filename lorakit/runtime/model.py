@@ -60,7 +60,9 @@ class MultiLoraModel(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         adapter_memory: int | None = None,
     ) -> None:
-        """Args:
+        """Wraps a base; nothing in it changes.
+
+        Args:
             model: the base, loaded (and quantised, compiled, placed) as you like.
             bank: an open bank or its folder; its adapters are loaded to the device when first used.
             adapter_dtype: dtype of A and B on the device. None: as stored, which gives PEFT's outputs; where PEFT
@@ -120,12 +122,8 @@ class MultiLoraModel(nn.Module):
         model_class = architecture_class(str(bank.fingerprint.get("architecture")))
         try:
             model = model_class.from_pretrained(base, **{"dtype": "auto", **kwargs})
-        except (
-            torch.OutOfMemoryError,
-            ImportError,
-            TypeError,
-        ):  # not the base's fault, but the machine's or the call's
-            raise
+        except (torch.OutOfMemoryError, ImportError, TypeError):
+            raise  # the machine's fault, or the call's; not the base's
         except Exception as error:  # a damaged base makes transformers raise nearly anything
             raise BaseModelNotFoundError(
                 f"the base model {str(base)!r} cannot be loaded: {error} ({type(error).__name__}). "
