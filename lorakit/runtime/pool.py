@@ -34,10 +34,12 @@ class AdapterPool:
     """Slots by key, least recently used first. A key stands for an adapter's content, not for its name."""
 
     def __init__(self, *, device: torch.device, dtype: torch.dtype | None = None, capacity: int | None = None) -> None:
-        """Args:
-        device: where the slots live.
-        dtype: A's and B's dtype there; None keeps each adapter's own.
-        capacity: bytes that all slots together may take; None for no limit.
+        """Makes an empty pool.
+
+        Args:
+            device: where the slots live.
+            dtype: A's and B's dtype there; None keeps each adapter's own.
+            capacity: bytes that all slots together may take; None for no limit.
         """
         self.device = device
         self.dtype = dtype
