@@ -262,11 +262,11 @@ def _named_sources(sources: list[str]) -> dict[str, str]:
 def _dtype(name: str | None) -> Any:
     if name is None:
         return None
-    from lorakit.adapters.convert import DTYPES
+    from lorakit.adapters.dtypes import WEIGHT_NAMES
 
-    if name not in DTYPES:
-        raise ConfigError(f"--dtype {name!r} is unknown; use one of {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    if name not in WEIGHT_NAMES:
+        raise ConfigError(f"--dtype {name!r} is unknown; use one of {', '.join(WEIGHT_NAMES)}.")
+    return WEIGHT_NAMES[name]
 
 
 def _tokenizer(source: str) -> Any:

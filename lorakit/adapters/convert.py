@@ -10,12 +10,11 @@ import dataclasses
 import torch
 
 from lorakit.adapters.base import BaseModel
+from lorakit.adapters.dtypes import WEIGHT_DTYPES
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import convert as convert_checkpoint
 from lorakit.adapters.peft_reader import Checkpoint, Source, read_checkpoint
 from lorakit.errors import ConfigError, NonFiniteWeightsError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def convert(name: str, source: Source | Checkpoint, base: BaseModel, dtype: torch.dtype | None = None) -> AdapterForm:
@@ -48,9 +47,9 @@ def check_dtype(dtype: object) -> None:
     Raises:
         ConfigError: naming those that they are.
     """
-    if dtype is not None and dtype not in DTYPES.values():
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise ConfigError(
-            f"dtype is {dtype!r}; use {', '.join(map(str, DTYPES.values()))}, or None for each adapter's own."
+            f"dtype is {dtype!r}; use {', '.join(map(str, WEIGHT_DTYPES))}, or None for each adapter's own."
         )
 
 

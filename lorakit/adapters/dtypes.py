@@ -38,5 +38,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+WEIGHT_NAMES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
+"""Name → dtype, of those that A and B may be stored in."""
+
 DTYPES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_CODES}
 """Name in bank.json → dtype."""

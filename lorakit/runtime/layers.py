@@ -33,11 +33,7 @@ class AdaptedModule:
         self.stacks: tuple[Stack, ...] = ()
         self._embedding = place.kind == "embedding"
         self._module = module
-        self._handle = module.register_forward_hook(self._add, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Takes the hook off: the module is the base's own again."""
-        self._handle.remove()
+        module.register_forward_hook(self._add, with_kwargs=True)
 
     @property
     def device(self) -> torch.device:
