@@ -24,7 +24,8 @@ from lorakit.adapters.names import is_name
 from lorakit.adapters.shard import ShardFacts, shard_number
 from lorakit.errors import BankError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: B lies transposed. There are no banks of format 1 outside of development."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
@@ -153,9 +154,11 @@ class Index:
             wrote = root.value.get("lorakit_version")
             writer = f" {wrote}" if isinstance(wrote, str) and len(wrote) < 40 else ""
             raise BankError(
-                f"it has format {found}, written by a newer lorakit{writer}; this one reads up to {FORMAT_VERSION}. "
+                f"it has format {found}, written by a newer lorakit{writer}; this one reads format {FORMAT_VERSION}. "
                 "Upgrade lorakit"
             )
+        if found < FORMAT_VERSION:
+            raise BankError(f"it has format {found}; this lorakit reads {FORMAT_VERSION}. Export its adapters again")
         base = root.object("base")
         shards = {name: _shard(facts) for name, facts in _objects(root.object("shards"))}
         next_shard = root.count("next_shard", least=1)

@@ -2,7 +2,8 @@
 
 An extent is the *weights* region (every A and B, in the adapter's weight dtype) followed by the *vectors* region (every
 c and d, fp32). Offsets count elements of their region, not bytes, so one layout serves every weight dtype: a whole
-region is cast in one go and each tensor stays where it was.
+region is cast in one go and each tensor stays where it was. B lies transposed, as (r, out): like A's, its rows are long
+and start aligned whatever the rank, so kernels read both with full-width loads.
 
 Knows forms and flat tensors; knows no file, no device.
 """
@@ -81,7 +82,7 @@ class ModuleLayout:
         rank: r; 0 without factors.
         scale: s.
         a: A's first element in the weights region, or None; A is (r, in), for an embedding (in, r).
-        b: B's, or None; B is (out, r).
+        b: B's, or None; B lies transposed, (r, out).
         c: c's first element in the vectors region, or None; c is (out,).
         d: d's, or None; d is (out,).
     """
@@ -102,7 +103,7 @@ class ModuleLayout:
         if self.a is not None and self.b is not None:
             shape = (self.rank, self.in_features) if self.kind == "linear" else (self.in_features, self.rank)
             yield Span(self.path, "a", self.a, shape)
-            yield Span(self.path, "b", self.b, (self.out_features, self.rank))
+            yield Span(self.path, "b", self.b, (self.rank, self.out_features))
 
     def vectors(self) -> Iterator[Span]:
         """C and d, where there are any."""
@@ -230,12 +231,15 @@ class Layout:
             vectors: (vector_elements,) fp32.
 
         Returns:
-            Module path → its form; the tensors are views.
+            Module path → its form; the tensors are views, B's a transposed one.
         """
         assert weights.shape == (self.weights_elements,) and vectors.shape == (self.vector_elements,)
         forms = {}
         for module in self.modules:
-            tensors = {span.item: weights[span.offset : span.end].view(span.shape) for span in module.weights()}
+            tensors = {
+                span.item: stored(span.item, weights[span.offset : span.end].view(span.shape))
+                for span in module.weights()
+            }
             tensors |= {span.item: vectors[span.offset : span.end] for span in module.vectors()}
             forms[module.path] = ModuleForm(
                 kind=module.kind,
@@ -306,6 +310,11 @@ class Layout:
                     raise BankError(f"{where}: {span.item} of {span.path} overlaps another tensor or lies outside")
                 place = span.end
         return layout
+
+
+def stored(item: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A form's tensor as it lies in an extent, or back: B is transposed. A view."""
+    return tensor.T if item == "b" else tensor
 
 
 def _place(span: Span) -> tuple[int, int]:

@@ -30,6 +30,7 @@ import torch
 from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.files import NewFile
 from lorakit.adapters.form import AdapterForm
+from lorakit.adapters.layout import stored
 from lorakit.errors import BankCorruptedError, BankError
 
 SHARD_BYTES = 4 << 30
@@ -104,17 +105,17 @@ def form_chunks(entry: AdapterEntry, form: AdapterForm) -> list[memoryview]:
     prefix = len(entry.name) + 1
     extras = {f"extras/{extra.name}": form.extras[extra.name] for extra in entry.extras}
     chunks = []
-    for stored in entry.tensors():
-        name = stored.name[prefix:]
+    for place in entry.tensors():
+        name = place.name[prefix:]
         if name.startswith("~"):
-            chunks.append(memoryview(bytes(stored.end - stored.begin)))
+            chunks.append(memoryview(bytes(place.end - place.begin)))
         elif name in extras:
             chunks.append(tensor_bytes(extras[name], extras[name].dtype))
         else:
             path, item = name.rsplit("/", 1)
             dtype = entry.dtype if item in "ab" else torch.float32
-            chunks.append(tensor_bytes(getattr(form.modules[path], item), dtype))
-        assert chunks[-1].nbytes == stored.end - stored.begin
+            chunks.append(tensor_bytes(stored(item, getattr(form.modules[path], item)), dtype))
+        assert chunks[-1].nbytes == place.end - place.begin
     return chunks
 
 

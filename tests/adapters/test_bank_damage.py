@@ -123,7 +123,8 @@ def test_broken_bytes_of_the_index(pristine: Path, scratch: Path, data: st.DataO
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], 2, "newer lorakit"),
+        (["format_version"], 3, "newer lorakit"),
+        (["format_version"], 1, "Export its adapters again"),
         (["format_version"], "1", "format_version"),
         (["base"], [], "base should be an object"),
         (["base", "id"], None, "id"),
