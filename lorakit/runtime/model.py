@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -31,6 +32,7 @@ from lorakit.errors import (
     BaseModelMismatchError,
     BaseModelNotFoundError,
 )
+from lorakit.runtime.host_cache import ExtentReader
 from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.placement import check_placement
 from lorakit.runtime.pool import AdapterPool, Slot
@@ -236,19 +238,21 @@ class MultiLoraModel(nn.Module):
             if not any(slots):
                 yield
                 return
-            if self._routing is None or self._routing.slots != slots:
-                self._routing = None  # frees the last batch's stacks before the next are made
-                self._adapt(slots)
-                compute = torch.promote_types(self.dtype, torch.float32)
-                self._routing = Routing(slots, self._adapted, dtype=compute)
-            used = [(self._adapted[path], stacks) for path, stacks in self._routing.stacks.items()]
-            try:
-                for module, stacks in used:
-                    module.stacks = stacks
-                yield
-            finally:
-                for module, _ in used:
-                    module.stacks = ()
+            # The stacks are made from the slots, and kernels may read these until the call returns.
+            with self._pool.hold(slot for slot in slots if slot is not None):
+                if self._routing is None or self._routing.slots != slots:
+                    self._routing = None  # frees the last batch's stacks before the next are made
+                    self._adapt(slots)
+                    compute = torch.promote_types(self.dtype, torch.float32)
+                    self._routing = Routing(slots, self._adapted, dtype=compute)
+                used = [(self._adapted[path], stacks) for path, stacks in self._routing.stacks.items()]
+                try:
+                    for module, stacks in used:
+                        module.stacks = stacks
+                    yield
+                finally:
+                    for module, _ in used:
+                        module.stacks = ()
 
     def _slots(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Slot | None, ...]:
         """Checks `adapter_ids` whole, then brings every adapter it names to the device."""
@@ -282,14 +286,16 @@ class MultiLoraModel(nn.Module):
         if slot is None:
             # What was removed from the bank, or replaced there under its name, is not served any more.
             self._pool.keep_only({self._key(other) for other in self.adapters})
-            slot = self._pool.put(key, self._extent(name), name=name, keep={self._key(other) for other in keep})
+            slot = self._pool.put(key, self._stored(name), name=name, keep={self._key(other) for other in keep})
         return slot
 
-    def _extent(self, name: str) -> Extent:
+    def _stored(self, name: str) -> Extent | ExtentReader:
+        """Where the pool finds an adapter that the device does not have."""
         if name in self._local:
             return self._local[name][1]
         assert self.bank is not None
-        return self.bank.read(name)
+        entry = self.bank[name]
+        return ExtentReader(entry.layout, entry.dtype, partial(self.bank.read_into, name))
 
     def _key(self, name: str) -> str:
         """What an adapter's slot is kept under: its content, so that one replaced under its name is never served."""

@@ -1,55 +1,154 @@
 """The pool: adapters in the memory of the device that serves them.
 
-A slot is one extent in the bank's own layout, so a load is one copy. With a limit, the least recently used adapter
-that no running batch holds makes room. Knows slots and bytes; knows no module and no request.
+A slot is one extent in the bank's own layout, so a load is one copy. With a limit, slots lie in one arena, and the
+least recently used adapter that no running batch holds makes room; where the room is in pieces, slots are moved
+together. Knows slots and bytes; how copies are ordered is `transfers.py`'s, what lies where in the arena `arena.py`'s.
+Knows no module and no request.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
 from lorakit.adapters.form import ModuleForm
-from lorakit.adapters.layout import Extent
+from lorakit.adapters.layout import Extent, Layout
 from lorakit.errors import PoolFullError
+from lorakit.runtime.arena import Arena, Move, aligned
+from lorakit.runtime.host_cache import PINNED_LIMIT, ExtentReader, HostCache, HostExtent
+from lorakit.runtime.transfers import Access, Transfers
+
+_VECTORS_ALIGNMENT = 16
+"""Bytes: what a thread loads at once."""
 
 
-@dataclass(frozen=True, eq=False)
 class Slot:
-    """An adapter's place in device memory.
+    """An adapter's place in device memory, which may change while no batch holds the slot.
+
+    Tables of addresses are right for the generation for which they were made, and only for a slot that is held.
 
     Attributes:
-        modules: module path → its form, as views into the slot's extent.
+        key: what the adapter is found by.
+        index: a small number that no other slot has at the same time; the lowest that was free.
+        layout: where the tensors lie in the slot.
+        dtype: of A and B.
         nbytes: the extent's size in bytes.
+        generation: no two slots of a pool ever have the same, and a slot that is moved gets a new one.
+        pinned: whether the slot must not be evicted.
+        holds: how many batches hold the slot.
     """
 
-    modules: Mapping[str, ModuleForm]
-    nbytes: int
+    def __init__(self, key: str, index: int, host: HostExtent) -> None:
+        self.key = key
+        self.index = index
+        self.layout: Layout = host.layout
+        self.dtype: torch.dtype = host.dtype
+        self.nbytes = host.layout.nbytes(host.dtype)
+        self.generation = 0
+        self.pinned = False
+        self.holds = 0
+        self._offset: int | None = None
+        self._memory: torch.Tensor | None = None
+        self._modules: Mapping[str, ModuleForm] | None = None
+        self._access = Access()
+        vectors = host.layout.weights_elements * host.dtype.itemsize
+        assert vectors % _VECTORS_ALIGNMENT == 0, f"the vectors begin at byte {vectors}, between two loads"
+
+    @property
+    def resident(self) -> bool:
+        """Whether the slot still has its memory; a slot that was evicted never gets any again."""
+        return self._memory is not None
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """(nbytes,) uint8: the slot's bytes, the weights region and then the vectors region."""
+        assert self._memory is not None, f"the slot of {self.key!r} was evicted or dropped"
+        return self._memory
+
+    @property
+    def address(self) -> int:
+        """The device address of the slot's first byte, a multiple of 256 on CUDA."""
+        return self.memory.data_ptr()
+
+    @property
+    def modules(self) -> Mapping[str, ModuleForm]:
+        """Module path → its form, as views into the slot's present place. `AdapterPool.wait` before reading them."""
+        if self._modules is None:
+            self._modules = Extent.of_bytes(self.layout, self.dtype, self.memory).modules()
+        return self._modules
+
+    def _place(self, memory: torch.Tensor | None, offset: int | None, generation: int) -> None:
+        """Changes where the slot lies; its views are made anew when next asked for."""
+        self._memory, self._offset, self.generation, self._modules = memory, offset, generation, None
+
+    def ready(self) -> bool:
+        """Whether the adapter has arrived, so that `AdapterPool.wait` would not make a stream wait."""
+        return self._access.arrived()
+
+
+class _Plan(NamedTuple):
+    """What must happen before a hole is there: first these slots go, then these extents move."""
+
+    victims: Sequence[Slot]
+    moves: Sequence[Move]
 
 
 class AdapterPool:
-    """Slots by key, least recently used first. A key stands for an adapter's content, not for its name."""
+    """Slots by key, least recently used first. A key stands for an adapter's content, not for its name.
 
-    def __init__(self, *, device: torch.device, dtype: torch.dtype | None = None, capacity: int | None = None) -> None:
-        """Makes an empty pool.
+    It has no lock: its owner's covers every call. What runs between `acquire` and `release` needs none.
+
+    Attributes:
+        device: where the slots live.
+        dtype: A's and B's dtype there, or None for each adapter's own.
+        capacity: bytes that all slots together may take, or None.
+        host: adapters in host memory, from where slots are loaded.
+        generation: grows with every slot that is loaded, moved or forgotten; while it stays, all addresses stay.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        capacity: int | None = None,
+        host_capacity: int | None = None,
+    ) -> None:
+        """Makes an empty pool. It takes no device memory before its first adapter.
 
         Args:
             device: where the slots live.
             dtype: A's and B's dtype there; None keeps each adapter's own.
-            capacity: bytes that all slots together may take; None for no limit.
+            capacity: bytes that all slots together may take, each counted up to a multiple of 256; they are taken at
+                once with the first adapter. None: no limit, and memory of its own for each slot.
+            host_capacity: bytes of host memory in which adapters are kept for their next load. None: 4 GiB of pinned
+                memory for a CUDA device, and nothing elsewhere, where it would be the same memory twice.
         """
         self.device = device
         self.dtype = dtype
         self.capacity = capacity
+        pinned = device.type == "cuda"
+        if host_capacity is None:
+            host_capacity = PINNED_LIMIT if pinned else 0
+        self.host = HostCache(limit=host_capacity, pinned=pinned)
+        self.generation = 0
         self._slots: OrderedDict[str, Slot] = OrderedDict()
+        self._leaving: set[Slot] = set()
+        self._nbytes = 0
+        self._free_indices: list[int] = []
+        self._transfers = Transfers(device)
+        self._arena = None if capacity is None else Arena(capacity)
+        self._memory: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the slots take."""
-        return sum(slot.nbytes for slot in self._slots.values())
+        """Bytes that the slots take, those of dropped adapters that a batch still holds included."""
+        return self._nbytes
 
     @property
     def keys(self) -> list[str]:
@@ -62,46 +161,224 @@ class AdapterPool:
             self._slots.move_to_end(key)
         return self._slots.get(key)
 
-    def put(self, key: str, extent: Extent, *, name: str, keep: Collection[str] = ()) -> Slot:
-        """Copies an adapter's extent to the device, evicting idle adapters if there is a limit.
+    def put(self, key: str, source: Extent | ExtentReader, *, name: str, keep: Collection[str] = ()) -> Slot:
+        """Brings an adapter to the device by one copy, evicting idle adapters if there is a limit.
+
+        On CUDA the copy runs beside the computation: `wait` before reading the slot. Where the free bytes are in
+        pieces, slots that no batch holds are moved together.
 
         Args:
-            key: what the slot is found by; a slot of that key is replaced.
-            extent: the adapter in host memory, its weights in any dtype: each region is cast and copied in one go.
+            key: what the slot is found by; a slot of that key has this content already and is given as it is.
+            source: the adapter, its weights in any dtype; not looked at if host memory has the adapter still.
             name: the adapter's name, for messages.
-            keep: keys that must stay resident.
+            keep: keys that must stay resident; their slots may move.
+
+        Returns:
+            The slot, the most recently used.
 
         Raises:
-            PoolFullError: it does not fit beside what must stay.
+            PoolFullError: it does not fit beside what must stay, or the device has no room for `capacity`.
+            torch.OutOfMemoryError: without a limit, the device is full.
+            BankCorruptedError, …: as `source` raises them. Of these errors each leaves resident what was; should a copy
+                on the device itself fail, what was evicted for it is gone, and no half-made slot is left.
         """
-        dtype = self.dtype or extent.dtype
-        nbytes = extent.layout.nbytes(dtype)
-        self._slots.pop(key, None)
-        self._make_room(nbytes, name, keep)
-        weights = extent.weights.to(self.device, dtype, copy=True)
-        slot = Slot(extent.layout.views(weights, extent.vectors.to(self.device, copy=True)), nbytes)
+        slot = self.get(key)
+        if slot is not None:
+            return slot
+        with _plain_tensors():
+            nbytes = source.layout.nbytes(self.dtype or source.dtype)
+            plan = self._plan(nbytes, name, keep)  # refuses before anything is read
+            host = self._host(key, source)
+            memory, offset = self._take(plan, nbytes, name)
+            slot = Slot(key, self._take_index(), host)
+            self._nbytes += nbytes
+            self.generation += 1
+            slot._place(memory, offset, self.generation)
+            try:
+                self._transfers.load(memory, host.buffer, slot._access, offset)
+            except BaseException:
+                self._free(slot)
+                raise
+        arrival = slot._access.arrival
+        host.copied = None if arrival is None else arrival.query
         self._slots[key] = slot
         return slot
 
+    def prefetch(self, key: str, source: Extent | ExtentReader) -> None:
+        """Brings an adapter into host memory ahead of its `put`, if host memory has room for it.
+
+        Raises:
+            BankCorruptedError, …: as `source` raises them.
+        """
+        if key not in self._slots and self.host.limit:
+            with _plain_tensors():
+                self._host(key, source)
+
+    def acquire(self, slots: Iterable[Slot]) -> None:
+        """Holds slots: until as many calls of `release` they are neither evicted nor moved.
+
+        A slot that is dropped meanwhile keeps its memory and its index until then.
+        """
+        slots = list(slots)
+        assert all(slot.resident for slot in slots), "a slot that was forgotten cannot be held"
+        for slot in slots:
+            slot.holds += 1
+
+    def release(self, slots: Iterable[Slot]) -> None:
+        """Ends a hold. Kernels that read the slots may still run, on streams that waited for them."""
+        idle = []
+        for slot in slots:
+            assert slot.holds > 0, "release comes after acquire"
+            slot.holds -= 1
+            if not slot.holds:
+                idle.append(slot)
+        self._transfers.end_reads(slot._access for slot in idle)
+        for slot in self._leaving.intersection(idle):
+            self._leaving.remove(slot)
+            self._free(slot)
+
+    @contextmanager
+    def hold(self, slots: Iterable[Slot]) -> Iterator[None]:
+        """Holds slots for what runs inside, and makes the current stream wait for those that are still loading."""
+        held = list(dict.fromkeys(slots))
+        self.acquire(held)
+        try:
+            self.wait(held)
+            yield
+        finally:
+            self.release(held)
+
+    def wait(self, slots: Iterable[Slot]) -> None:
+        """Makes the device's current stream wait until these slots are loaded; the host goes on.
+
+        The stream is taken to read them until the next `release`; without one, until a slot is moved or evicted. Not
+        to be called while a CUDA graph is captured.
+        """
+        for slot in slots:
+            self._transfers.wait(slot.memory, slot._access)
+
+    def pin(self, key: str) -> None:
+        """Keeps a resident adapter from being evicted until `unpin`; its slot may move. `drop` ends it too."""
+        assert key in self._slots, f"{key!r} is not resident"
+        self._slots[key].pinned = True
+
+    def unpin(self, key: str) -> None:
+        """Lets an adapter be evicted again; nothing happens if it is not pinned or not resident."""
+        if key in self._slots:
+            self._slots[key].pinned = False
+
     def keep_only(self, keys: Collection[str]) -> None:
-        """Forgets every adapter but these."""
+        """Forgets every adapter but these, on the device and in host memory, as `drop` does."""
         for key in [key for key in self._slots if key not in keys]:
-            del self._slots[key]
+            self.drop(key)
+        self.host.keep_only(keys)
 
     def drop(self, key: str) -> None:
-        """Forgets an adapter; its memory is free once no running batch holds the slot."""
-        self._slots.pop(key, None)
-
-    def _make_room(self, nbytes: int, name: str, keep: Collection[str]) -> None:
-        if self.capacity is None:
+        """Forgets an adapter, pinned or not; its memory is free once no running batch holds the slot."""
+        self.host.drop(key)
+        slot = self._slots.pop(key, None)
+        if slot is None:
             return
-        kept = sum(slot.nbytes for key, slot in self._slots.items() if key in keep)
-        if kept + nbytes > self.capacity:
+        self.generation += 1
+        if slot.holds:
+            self._leaving.add(slot)
+        else:
+            self._free(slot)
+
+    def _host(self, key: str, source: Extent | ExtentReader) -> HostExtent:
+        return self.host.get(key) or self.host.put(key, source, self.dtype)
+
+    def _plan(self, nbytes: int, name: str, keep: Collection[str]) -> _Plan:
+        """Finds out, on a copy of the arena, what makes a hole; nothing is done yet."""
+        if self._arena is None or self.capacity is None:
+            return _Plan((), ())
+        arena = self._arena.copy()
+        idle = (slot for slot in self._slots.values() if not (slot.holds or slot.pinned or slot.key in keep))
+        victims: list[Slot] = []
+        # The arena may be larger than the limit by what aligns its end.
+        spare = self.capacity - self._nbytes
+        while True:
+            if spare >= nbytes and arena.free >= aligned(nbytes):
+                moves = [] if arena.largest_hole >= aligned(nbytes) else arena.compaction(nbytes, self._fixed())
+                if moves is not None:
+                    return _Plan(victims, moves)
+            victim = next(idle, None)
+            if victim is None:
+                break
+            assert victim._offset is not None
+            arena.release(victim._offset)
+            spare += victim.nbytes
+            victims.append(victim)
+        kept = arena.capacity - arena.free
+        if spare < nbytes or arena.free < aligned(nbytes):
             raise PoolFullError(
-                f"adapter {name!r} needs {nbytes:,} bytes beside {kept:,} bytes that must stay, but the adapters' "
-                f"memory is limited to {self.capacity:,}; raise adapter_memory, or use fewer adapters in one batch."
+                f"adapter {name!r} needs {aligned(nbytes):,} bytes beside {kept:,} bytes that must stay, but the "
+                f"adapters' memory is limited to {self.capacity:,}; raise adapter_memory, or use fewer adapters in one "
+                "batch."
             )
-        for key in [key for key in self._slots if key not in keep]:
-            if self.nbytes + nbytes <= self.capacity:
-                return
-            del self._slots[key]
+        raise PoolFullError(
+            f"adapter {name!r} needs {aligned(nbytes):,} bytes in one piece, but beside {kept:,} bytes that must stay "
+            f"the {arena.free:,} others of {self.capacity:,} are in pieces of at most {arena.largest_hole:,}, between "
+            "adapters that running batches hold; raise adapter_memory, or wait until a batch has ended."
+        )
+
+    def _fixed(self) -> set[int]:
+        """Where in the arena slots lie that must not move."""
+        slots = (slot for slot in (*self._slots.values(), *self._leaving) if slot.holds)
+        return {slot._offset for slot in slots if slot._offset is not None}
+
+    def _take(self, plan: _Plan, nbytes: int, name: str) -> tuple[torch.Tensor, int | None]:
+        """Carries out a plan and takes the hole: its memory, and its offset in the arena."""
+        if self._arena is None:
+            return self._transfers.piece(nbytes), None
+        if self._memory is None:
+            self._memory = self._take_arena(self._arena.capacity, name)
+        for victim in plan.victims:
+            del self._slots[victim.key]
+            self._free(victim)
+        if plan.moves:
+            self._move(self._arena, self._memory, plan.moves)
+        offset = self._arena.allocate(nbytes)
+        assert offset is not None, "the plan makes a hole"
+        return self._memory[offset : offset + nbytes], offset
+
+    def _take_arena(self, nbytes: int, name: str) -> torch.Tensor:
+        try:
+            return self._transfers.arena(nbytes)
+        except RuntimeError as error:  # what torch raises, on any device, where memory is short
+            raise PoolFullError(
+                f"adapter {name!r} cannot be loaded: {self.device} has no {nbytes:,} bytes to set aside for adapters "
+                f"({error}); lower adapter_memory, or free memory there."
+            ) from error
+
+    def _move(self, arena: Arena, memory: torch.Tensor, moves: Sequence[Move]) -> None:
+        slots = {slot._offset: slot for slot in self._slots.values()}
+        moved = [slots[move.source] for move in moves]
+        self._transfers.move(memory, moves, [slot._access for slot in moved])
+        arena.move(moves)
+        for slot, move in zip(moved, moves, strict=True):
+            assert not slot.holds
+            self.generation += 1
+            slot._place(memory[move.target : move.target + slot.nbytes], move.target, self.generation)
+
+    def _free(self, slot: Slot) -> None:
+        """Gives back the memory and the index of a slot that is no longer among the slots."""
+        if self._arena is not None and slot._offset is not None:
+            self._transfers.vacate(slot._offset, slot._offset + aligned(slot.nbytes), slot._access)
+            self._arena.release(slot._offset)
+        self._nbytes -= slot.nbytes
+        self.generation += 1
+        slot._place(None, None, self.generation)
+        heapq.heappush(self._free_indices, slot.index)
+
+    def _take_index(self) -> int:
+        """Takes the lowest free index."""
+        # Without a free one below, as many as are taken are all taken.
+        return heapq.heappop(self._free_indices) if self._free_indices else len(self._slots) + len(self._leaving)
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[Any]:
+    """Makes tensors that later calls may write to, whatever modes the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
