@@ -16,6 +16,10 @@ import numpy
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton's kernels then run on the CPU, slowly. Read when Triton is imported, whichever test does so first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # A first call into torch takes seconds on a busy machine, so no deadline; in CI the same examples every time.

@@ -8,14 +8,41 @@ the module returned; without adapters in the batch it returns at once. Knows mod
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from lorakit.adapters.places import place_of
 from lorakit.errors import AdapterIdsError
-from lorakit.runtime.ops import Stack, stacked_lora
+
+if TYPE_CHECKING:
+    from lorakit.runtime.pool import Slot
+
+
+class Batch(Protocol):
+    """The adapters of the batch that is now in the model."""
+
+    @property
+    def slots(self) -> Sequence[Slot | None]:
+        """The slot of each row, None for the base."""
+
+    @property
+    def paths(self) -> Collection[str]:
+        """The modules that some row's adapter touches."""
+
+    def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Adds the adapters' share at a module.
+
+        Args:
+            module: one of `paths`.
+            y: (..., out), what the module returned; may be overwritten.
+            x: (..., in), what it was given, or (...) ids; both row-major over the batch's rows.
+
+        Returns:
+            (..., out), in y's dtype.
+        """
 
 
 class AdaptedModule:
@@ -23,15 +50,16 @@ class AdaptedModule:
 
     Attributes:
         path: the module's path.
-        stacks: what the batch now in the model applies here; empty for the base alone.
+        embedding: whether the module is given ids.
+        batch: the batch now in the model, if one of its adapters touches this module.
     """
 
     def __init__(self, path: str, module: nn.Module) -> None:
         place = place_of(module)
         assert place is not None, f"{path} was exported, so it can carry an adapter"
         self.path = path
-        self.stacks: tuple[Stack, ...] = ()
-        self._embedding = place.kind == "embedding"
+        self.batch: Batch | None = None
+        self.embedding = place.kind == "embedding"
         self._module = module
         module.register_forward_hook(self._add, with_kwargs=True)
 
@@ -54,15 +82,15 @@ class AdaptedModule:
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor) -> torch.Tensor:
         """Adds the adapters' share to y (..., out) for x (..., in), both row-major over the batch's rows."""
-        if not self.stacks:
+        batch = self.batch
+        if batch is None:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        lead = x.shape[0] if x.dim() > (1 if self._embedding else 2) else y.numel() // y.shape[-1]
-        if lead % self.stacks[0].n:
+        lead = x.shape[0] if x.dim() > (1 if self.embedding else 2) else y.numel() // y.shape[-1]
+        rows = len(batch.slots)
+        if lead % rows:
             raise AdapterIdsError(
-                f"{self.path} was given {lead} rows for {self.stacks[0].n} adapter_ids: the model does not feed it row "
-                "by row, so adapters on it cannot share a batch; give all rows one adapter."
+                f"{self.path} was given {lead} rows for {rows} adapter_ids: the model does not feed it row by row, so "
+                "adapters on it cannot share a batch; give all rows one adapter."
             )
-        for stack in self.stacks:
-            y = stacked_lora(y, x, stack, embedding=self._embedding)
-        return y
+        return batch.add(self, y, x)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,16 +32,26 @@ from lorakit.errors import (
     BaseModelMismatchError,
     BaseModelNotFoundError,
 )
+from lorakit.runtime import ops
 from lorakit.runtime.host_cache import ExtentReader
-from lorakit.runtime.layers import AdaptedModule
+from lorakit.runtime.layers import AdaptedModule, Batch
 from lorakit.runtime.placement import check_placement
 from lorakit.runtime.pool import AdapterPool, Slot
 from lorakit.runtime.routing import Routing
+from lorakit.runtime.stacking import Stacking
+from lorakit.runtime.table import AddressTable
 
 AdapterIds: TypeAlias = str | Sequence[str | None] | None
 
 # Where a batch's rows are counted, in this order; whatever else is a tensor comes after.
 _ROW_INPUTS = ("input_ids", "inputs", "inputs_embeds", "encoder_outputs", "decoder_input_ids", "attention_mask")
+
+
+class _Formed(NamedTuple):
+    """A batch that was formed, and whether kernels were asked for."""
+
+    kernels: bool
+    batch: Batch
 
 
 class MultiLoraModel(nn.Module):
@@ -96,7 +106,8 @@ class MultiLoraModel(nn.Module):
         self._unloaded: set[str] = set()
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
-        self._routing: Routing | None = None
+        self._last: _Formed | None = None
+        self._table = AddressTable(self.device, self._adapted)
 
     @classmethod
     def from_pretrained(
@@ -225,7 +236,7 @@ class MultiLoraModel(nn.Module):
         with self._lock:
             if name not in self.adapters:
                 raise self._unknown(name)
-            self._routing = None
+            self._last = None
             self._pool.drop(self._key(name))
             if self._local.pop(name, None) is None:
                 self._unloaded.add(name)
@@ -238,21 +249,36 @@ class MultiLoraModel(nn.Module):
             if not any(slots):
                 yield
                 return
-            # The stacks are made from the slots, and kernels may read these until the call returns.
             with self._pool.hold(slot for slot in slots if slot is not None):
-                if self._routing is None or self._routing.slots != slots:
-                    self._routing = None  # frees the last batch's stacks before the next are made
-                    self._adapt(slots)
-                    compute = torch.promote_types(self.dtype, torch.float32)
-                    self._routing = Routing(slots, self._adapted, dtype=compute)
-                used = [(self._adapted[path], stacks) for path, stacks in self._routing.stacks.items()]
+                batch = self._formed(slots)
+                used = [self._adapted[path] for path in batch.paths]
                 try:
-                    for module, stacks in used:
-                        module.stacks = stacks
+                    for module in used:
+                        module.batch = batch
                     yield
                 finally:
-                    for module, _ in used:
-                        module.stacks = ()
+                    for module in used:
+                        module.batch = None
+
+    def _formed(self, slots: tuple[Slot | None, ...]) -> Batch:
+        """The batch of these slots: the last one if it had the same, else a new one."""
+        kernels = ops.has_kernels(self.device, self.dtype) and not torch.is_grad_enabled()
+        last, self._last = self._last, None  # what the last batch stacked is free before more is stacked
+        if last is None or last.kernels != kernels or last.batch.slots != slots:
+            del last
+            self._adapt(slots)
+            last = _Formed(kernels, self._new_batch(slots, kernels))
+        elif isinstance(last.batch, Routing):
+            last.batch.write()
+        self._last = last
+        return last.batch
+
+    def _new_batch(self, slots: tuple[Slot | None, ...], kernels: bool) -> Batch:
+        paths = {path for slot in slots if slot is not None for path in slot.modules}
+        # Kernels read an adapter where the pool has it, so no module may compute on another device.
+        if kernels and all(self._adapted[path].device == self._pool.device for path in paths):
+            return Routing(slots, self._table, device=self.device)
+        return Stacking(slots, self._adapted, dtype=torch.promote_types(self.dtype, torch.float32))
 
     def _slots(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Slot | None, ...]:
         """Checks `adapter_ids` whole, then brings every adapter it names to the device."""
@@ -271,8 +297,9 @@ class MultiLoraModel(nn.Module):
             if name is not None and name not in serving:
                 raise self._unknown(name)
         if self._pool.device != self.device:
-            self._routing = None
+            self._last = None
             self._pool = AdapterPool(device=self.device, dtype=self._pool.dtype, capacity=self._pool.capacity)
+            self._table = AddressTable(self.device, self._adapted)
         distinct = [name for name in dict.fromkeys(ids) if name is not None]
         slots = {name: self._slot(name, keep=distinct) for name in distinct}
         if len(set(ids)) == 1 and distinct:

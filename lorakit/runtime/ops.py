@@ -1,5 +1,45 @@
-"""The runtime's operations: which backend computes the adapters' share. The only importer of `lorakit_kernels`."""
+"""The only importer of lorakit_kernels: which backend a device has, and its operators.
 
-from lorakit_kernels import Stack, stacked_lora
+Two backends compute y ← c ⊙ (y + s · B A x) + d. The stacked one is plain torch and runs anywhere. The segmented one
+(SGMV) is written in Triton and finds every adapter where it lies; it needs a CUDA device and Triton.
+"""
 
-__all__ = ["Stack", "stacked_lora"]
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from lorakit_kernels.stacked import Stack, stacked_lora
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON:
+    from lorakit_kernels.entries import WORDS, entry_words
+    from lorakit_kernels.plan import COLUMNS, plan
+    from lorakit_kernels.sgmv import RANKS, expand_, lookup, shrink
+
+__all__ = [
+    "COLUMNS",
+    "HAS_TRITON",
+    "RANKS",
+    "WORDS",
+    "Stack",
+    "entry_words",
+    "expand_",
+    "has_kernels",
+    "lookup",
+    "plan",
+    "shrink",
+    "stacked_lora",
+]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CAPABILITY = (8, 0)
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the segmented backend serves a model of this dtype on this device."""
+    if not HAS_TRITON or dtype not in _DTYPES or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _CAPABILITY

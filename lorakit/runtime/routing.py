@@ -1,131 +1,70 @@
-"""Routing: which rows of a batch belong to which adapter, and their factors ready to multiply.
+"""Routing: a batch whose rows find their adapters in device memory, by kernels.
 
-Built once a batch, from the adapter of each row; the forward then only multiplies. Knows slots, rows and
-where a module computes; no name and no request.
+Made once a batch from the slot of each row, in one small copy to the device; nothing is stacked, padded or moved.
+Knows slots and rows; no name and no request.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 
 import torch
 
+from lorakit.runtime import ops
 from lorakit.runtime.layers import AdaptedModule
-from lorakit.runtime.ops import Stack
 from lorakit.runtime.pool import Slot
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """The rows of a batch that share an adapter."""
-
-    slot: Slot
-    rows: tuple[int, ...]
-
-
-def segments_of(slots: Sequence[Slot | None]) -> list[Segment]:
-    """Groups rows by slot, in order of first appearance; rows of the base (None) are in no segment."""
-    rows: dict[int, list[int]] = defaultdict(list)
-    by_id = {}
-    for row, slot in enumerate(slots):
-        if slot is not None:
-            rows[id(slot)].append(row)
-            by_id[id(slot)] = slot
-    return [Segment(by_id[key], tuple(members)) for key, members in rows.items()]
+from lorakit.runtime.table import AddressTable
 
 
 class Routing:
-    """The stacks of a batch, for every module that one of its adapters touches.
+    """The plan of a batch, and the table by which its rows find their adapters.
 
     Attributes:
         slots: the slot of each row, None for the base.
-        stacks: module path → the stacks to apply there; modules that no row's adapter touches are absent.
+        paths: the modules that some row's adapter touches.
     """
 
-    def __init__(
-        self, slots: Sequence[Slot | None], modules: Mapping[str, AdaptedModule], *, dtype: torch.dtype
-    ) -> None:
-        """Stacks the factors.
+    def __init__(self, slots: Sequence[Slot | None], table: AddressTable, *, device: torch.device) -> None:
+        """Makes the plan.
 
         Args:
-            slots: the slot of each row.
-            modules: module path → the module, for every path that a slot touches.
-            dtype: the compute dtype of the stacks, at least fp32: the adapters' share is computed and added in it.
+            slots: the slot of each row; held until the batch is done.
+            table: the addresses; rows that are out of date are written.
+            device: where the model computes.
         """
         self.slots = tuple(slots)
-        segments = segments_of(slots)
-        stacker = _Stacker(len(self.slots), dtype)
-        self.stacks: Mapping[str, tuple[Stack, ...]] = {
-            path: tuple(stacker.stack(group, modules[path]) for group in _groups(segments, path))
-            for path in dict.fromkeys(path for segment in segments for path in segment.slot.modules)
-        }
+        used = {slot.index: slot for slot in self.slots if slot is not None}.values()
+        self.paths: Collection[str] = dict.fromkeys(module.path for slot in used for module in slot.layout.modules)
+        self._table = table
+        self._columns = {path: table.column(path) for path in self.paths}
+        self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in used))
+        self._max_rank = _tiled(max((slot.layout.ranks[-1] for slot in used), default=0))
+        self.write()
+        rows = torch.tensor([-1 if slot is None else slot.index for slot in self.slots])
+        self._plan = ops.plan(rows).to(device)
+
+    def write(self) -> None:
+        """Brings the table up to date, should a slot have moved since the last batch."""
+        for slot in dict.fromkeys(self.slots):
+            if slot is not None:
+                self._table.write(slot)
+        self._tables = tuple((dtype, self._table.tensor(dtype)) for dtype in self._dtypes)
+
+    def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Adds the adapters' share at a module. See `layers.Batch`."""
+        y = y.contiguous()
+        tokens = y.view(-1, y.shape[-1])
+        column = self._columns[module.path]
+        for dtype, table in self._tables:
+            if module.embedding:
+                h = ops.lookup(x.reshape(-1), table, self._plan, column, self._max_rank, dtype)
+            else:
+                flat = x.reshape(-1, x.shape[-1]).contiguous()
+                h = ops.shrink(flat, table, self._plan, [column], self._max_rank, dtype)
+            ops.expand_([tokens], h, table, self._plan, [column], dtype)
+        return y
 
 
-def _groups(segments: Sequence[Segment], path: str) -> list[list[Segment]]:
-    """Groups the segments that one batched product can take.
-
-    Equal ranks, and row counts within a factor of two: a group's short segments are padded to its longest, so
-    padding never doubles the work, and a batch of any skew makes few groups.
-    """
-    groups: dict[tuple[int, bool, bool, int], list[Segment]] = defaultdict(list)
-    for segment in segments:
-        module = segment.slot.modules.get(path)
-        if module is not None:
-            size = (len(segment.rows) - 1).bit_length()
-            groups[module.rank, module.c is None, module.d is None, size].append(segment)
-    return list(groups.values())
-
-
-class _Stacker:
-    """Stacks groups of one batch; modules that group alike share their indices."""
-
-    def __init__(self, n: int, dtype: torch.dtype) -> None:
-        self._n = n
-        self._dtype = dtype
-        self._indices: dict[object, tuple[torch.Tensor | None, ...]] = {}
-
-    def stack(self, group: Sequence[Segment], module: AdaptedModule) -> Stack:
-        """One group's `Stack` at one module, on the module's device."""
-        forms = [segment.slot.modules[module.path] for segment in group]
-        rows, device = tuple(segment.rows for segment in group), module.device
-        if (rows, device) not in self._indices:
-            self._indices[rows, device] = _index(rows, self._n, device)
-        index, keep, target = self._indices[rows, device]
-        # Scaled in the compute dtype: the scale is not rounded to B's.
-        b = [
-            form.b.to(device, self._dtype).T * (form.scale * module.output_scale)
-            for form in forms
-            if form.b is not None
-        ]
-        c, d = self._stacked([form.c for form in forms], device), self._stacked([form.d for form in forms], device)
-        return Stack(
-            n=self._n,
-            index=index,
-            keep=keep,
-            target=target,
-            a=self._stacked([form.a for form in forms], device),
-            b=torch.stack(b) if b else None,
-            c=None if c is None else c.unsqueeze(1),
-            d=None if d is None else d.unsqueeze(1),
-        )
-
-    def _stacked(self, tensors: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        assert len(present) in (0, len(tensors)), "a group's modules have the same parts"
-        return torch.stack(present).to(device, self._dtype) if present else None
-
-
-def _index(rows: Sequence[Sequence[int]], n: int, device: torch.device) -> tuple[torch.Tensor | None, ...]:
-    """`Stack.index`, `keep` and `target` for the rows of each segment."""
-    longest = max(map(len, rows))
-    index = [row for members in rows for row in (*members, *[members[0]] * (longest - len(members)))]
-    if index == list(range(n)):
-        return None, None, None
-    keep = [i * longest + j for i, members in enumerate(rows) for j in range(len(members))]
-
-    def tensor(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    return tensor(index), None if len(keep) == len(index) else tensor(keep), tensor([index[i] for i in keep])
+def _tiled(rank: int) -> int:
+    """The width of the kernels' sums: few different ones, since each is compiled apart."""
+    return max(ops.RANKS, 1 << (rank - 1).bit_length()) if rank else ops.RANKS

@@ -1,0 +1,113 @@
+"""Segmented gather matrix-vector multiplication (Punica, arXiv 2310.18547): every row of a batch by its own adapter.
+
+y ← c ⊙ (y + s · B A x) + d for up to four sibling modules that share x, in two launches: `shrink` gives the sums A x,
+`expand_` adds s · B of them to y in place. Which kernels run is set by shapes alone, so both may be captured in a CUDA
+graph; slots, ranks and addresses are read from `table` and `plan` on the device at every replay.
+
+The three are operators of torch.library, so a compiled model calls them without a break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorakit_kernels import decode, embedding, prefill
+from lorakit_kernels.siblings import MOST
+from lorakit_kernels.tuning import tiles
+
+RANKS = 16
+"""What `max_rank` is a multiple of: the ranks of a tile."""
+
+
+def _splits(tokens: int, in_features: int, device: torch.device) -> int:
+    tile = tiles(device)
+    if tokens <= tile.decode_tokens:
+        return decode.splits(in_features, tile.decode)
+    return prefill.splits(in_features, tile.prefill)
+
+
+@torch.library.custom_op("lorakit_kernels::shrink", mutates_args=())
+def shrink(
+    x: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], max_rank: int, weight: torch.dtype
+) -> Tensor:
+    """The sums A x of every row that has an adapter.
+
+    Args:
+        x: (tokens, in) fp32, bf16 or fp16, contiguous.
+        table: (slots, modules, 8) int64, see `entries`.
+        plan: (rows, 8) int32, see `plan`; tokens is a multiple of rows, a row's tokens lie together.
+        columns: the siblings' places among the table's modules, one to four.
+        max_rank: no smaller than any rank in use; a multiple of 16.
+        weight: the dtype of A and B.
+
+    Returns:
+        (siblings, tokens, splits, max_rank) fp32, to be summed over splits; undefined for rows without an adapter.
+    """
+    tokens, in_features = x.shape
+    tile = tiles(x.device)
+    h = x.new_empty((len(columns), tokens, _splits(tokens, in_features, x.device), max_rank), dtype=torch.float32)
+    if tokens <= tile.decode_tokens:
+        decode.shrink(x, h, table, plan, columns, weight, tile.decode)
+    else:
+        prefill.shrink(x, h, table, plan, columns, weight, tile.prefill)
+    return h
+
+
+@shrink.register_fake
+def _(x, table, plan, columns, max_rank, weight):
+    tokens, in_features = x.shape
+    return x.new_empty((len(columns), tokens, _splits(tokens, in_features, x.device), max_rank), dtype=torch.float32)
+
+
+@torch.library.custom_op("lorakit_kernels::lookup", mutates_args=())
+def lookup(ids: Tensor, table: Tensor, plan: Tensor, column: int, max_rank: int, weight: torch.dtype) -> Tensor:
+    """`shrink` for an embedding: A's column of every token.
+
+    Args:
+        ids: (tokens,) int32 or int64.
+        table: as in `shrink`; A is (vocabulary, r).
+        plan: as in `shrink`.
+        column: the module's place in the table.
+        max_rank: as in `shrink`.
+        weight: as in `shrink`.
+
+    Returns:
+        (1, tokens, 1, max_rank) fp32.
+    """
+    h = ids.new_empty((1, ids.shape[0], 1, max_rank), dtype=torch.float32)
+    embedding.lookup(ids, h, table, plan, column, weight)
+    return h
+
+
+@lookup.register_fake
+def _(ids, table, plan, column, max_rank, weight):
+    return ids.new_empty((1, ids.shape[0], 1, max_rank), dtype=torch.float32)
+
+
+@torch.library.custom_op("lorakit_kernels::expand_", mutates_args=("ys",))
+def expand_(
+    ys: Sequence[Tensor], h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype
+) -> None:
+    """Applies y ← c ⊙ (y + s · B h) + d in place, for every row that has an adapter; others keep their bits.
+
+    Args:
+        ys: the siblings' outputs, each (tokens, out) of x's dtype, contiguous.
+        h: what `shrink` or `lookup` gave.
+        table: as in `shrink`.
+        plan: as in `shrink`.
+        columns: as in `shrink`.
+        weight: as in `shrink`.
+    """
+    tile = tiles(h.device)
+    if h.shape[1] <= tile.decode_tokens:
+        decode.expand(ys, h, table, plan, columns, weight, tile.decode)
+    else:
+        prefill.expand(ys, h, table, plan, columns, weight, tile.prefill)
+
+
+@expand_.register_fake
+def _(ys, h, table, plan, columns, weight):
+    assert 1 <= len(ys) == len(columns) <= MOST

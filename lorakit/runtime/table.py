@@ -1,0 +1,90 @@
+"""The address table: for every slot and module, where the kernels find A, B, c and d.
+
+A row is a slot's, found by its index; a column is a module's. A row is written when its slot was loaded or moved, from
+its layout alone. Knows slots and modules' paths; no batch and no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy
+import torch
+
+from lorakit.adapters.layout import Layout
+from lorakit.runtime.layers import AdaptedModule
+from lorakit.runtime.ops import WORDS, entry_words
+from lorakit.runtime.pool import Slot
+
+
+class AddressTable:
+    """The entries of all slots, one tensor for each dtype of weights: a kernel reads weights of one dtype.
+
+    A slot's row is zeros in the tensors of the other dtypes, and zeros mean: leave the module as it is.
+    """
+
+    def __init__(self, device: torch.device, modules: Mapping[str, AdaptedModule]) -> None:
+        """Makes an empty table.
+
+        Args:
+            device: where the slots live.
+            modules: module path → the module; may grow later.
+        """
+        self._device = device
+        self._modules = modules
+        self._columns: dict[str, int] = {}
+        self._tensors: dict[torch.dtype, torch.Tensor] = {}
+        self._written: dict[int, int] = {}
+        self._rows: dict[tuple[str, torch.dtype], tuple[numpy.ndarray, numpy.ndarray]] = {}
+
+    def column(self, path: str) -> int:
+        """A module's column."""
+        return self._columns.setdefault(path, len(self._columns))
+
+    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        """(slots, modules, 8) int64: the entries of the slots of this dtype. It may be another one after a `write`."""
+        return self._tensors[dtype]
+
+    def write(self, slot: Slot) -> None:
+        """Brings a slot's row up to date, in the order of the current stream."""
+        if self._written.get(slot.index) == slot.generation and slot.dtype in self._tensors:
+            return
+        offsets, addressed = self._row(slot.layout, slot.dtype)
+        self._make_room(slot)
+        row = torch.zeros((self._tensors[slot.dtype].shape[1], WORDS), dtype=torch.int64)
+        row.numpy()[: len(offsets)] = offsets + addressed * slot.address
+        for dtype, tensor in self._tensors.items():
+            if dtype == slot.dtype:
+                tensor[slot.index] = row.to(self._device)
+            else:
+                tensor[slot.index] = 0
+        self._written[slot.index] = slot.generation
+
+    def _row(self, layout: Layout, dtype: torch.dtype) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """The row of a slot at address 0, (columns, 8), and which of its words are addresses."""
+        key = layout.key, dtype
+        if key not in self._rows:
+            columns = [self.column(module.path) for module in layout.modules]
+            words = numpy.zeros((max(columns, default=-1) + 1, WORDS), dtype=numpy.int64)
+            addressed = numpy.zeros_like(words)
+            vectors = layout.weights_elements * dtype.itemsize
+            for column, module in zip(columns, layout.modules, strict=True):
+                a, b = (0 if at is None else at * dtype.itemsize for at in (module.a, module.b))
+                c, d = (0 if at is None else vectors + at * 4 for at in (module.c, module.d))
+                scale = module.scale * self._modules[module.path].output_scale
+                words[column] = entry_words(a, b, c, d, module.rank, scale)
+                addressed[column, :4] = [at is not None for at in (module.a, module.b, module.c, module.d)]
+            self._rows[key] = words, addressed
+        return self._rows[key]
+
+    def _make_room(self, slot: Slot) -> None:
+        """Gives every tensor a row for the slot and a column for every module known."""
+        slots, columns = slot.index + 1, len(self._columns)
+        self._tensors.setdefault(slot.dtype, torch.zeros((0, 0, WORDS), dtype=torch.int64, device=self._device))
+        for dtype, tensor in self._tensors.items():
+            if tensor.shape[0] < slots or tensor.shape[1] < columns:
+                # Twice as many rows as are needed: few tensors on the way to many slots.
+                shape = max(tensor.shape[0], 2 * slots), max(tensor.shape[1], columns), WORDS
+                grown = torch.zeros(shape, dtype=torch.int64, device=self._device)
+                grown[: tensor.shape[0], : tensor.shape[1]] = tensor
+                self._tensors[dtype] = grown

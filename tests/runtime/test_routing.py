@@ -1,0 +1,120 @@
+"""The segmented backend in the model: on a GPU as it is, elsewhere in Triton's interpreter."""
+
+import copy
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, METHODS, adapt
+
+from lorakit import MultiLoraModel
+from lorakit.runtime import ops
+from lorakit.runtime.routing import Routing
+from lorakit.runtime.stacking import Stacking
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _kernels_everywhere(monkeypatch):
+    monkeypatch.setattr(ops, "has_kernels", lambda device, dtype: True)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def cast(tenant, dtype):
+    for name, parameter in tenant.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+def inputs_of(name, rows):
+    inputs = ARCHITECTURES[name].inputs(rows, length=2)  # few tokens: the interpreter runs them one by one
+    return {key: tensor.to(DEVICE) for key, tensor in inputs.items()}
+
+
+class Family:
+    """A base, a PEFT model a method, and lorakit's model with all of them."""
+
+    def __init__(self, name, methods, dtypes=None, **options):
+        architecture = ARCHITECTURES[name]
+        base = architecture.build()
+        self.name = name
+        self.tenants = {method: adapt(base, i, **METHODS[method](architecture)) for i, method in enumerate(methods)}
+        self.model = MultiLoraModel(copy.deepcopy(base).to(DEVICE), **options)
+        for method, tenant in self.tenants.items():
+            cast(tenant, (dtypes or {}).get(method, torch.float32))
+            self.model.load_adapter(method, tenant)
+            cast(tenant, torch.float32)  # PEFT would round x to the adapter's dtype
+        self.base = base.to(DEVICE)
+        self.tenants = {method: tenant.to(DEVICE) for method, tenant in self.tenants.items()}
+
+    def check(self, ids, limit=1e-5):
+        """Each row's logits are PEFT's own."""
+        inputs = inputs_of(self.name, len(ids))
+        mixed = self.model(**inputs, adapter_ids=ids).logits
+        assert isinstance(self.model._last.batch, Routing)
+        for row, method in enumerate(ids):
+            alone = {key: tensor[row : row + 1] for key, tensor in inputs.items()}
+            expected = (self.tenants[method] if method else self.base)(**alone).logits[0]
+            assert relative(mixed[row], expected) <= limit, method
+        return mixed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@torch.no_grad()
+def test_logits_in_a_mixed_batch_equal_pefts(name):
+    family = Family(name, ["lora", "dora", "embeddings"])
+    ids = ["dora", None, "embeddings", "lora", "dora"]
+    first = family.check(ids)
+    assert torch.equal(family.check(ids), first)
+
+
+@torch.no_grad()
+def test_adapters_of_different_dtypes_share_a_batch():
+    family = Family("llama", ["lora", "rslora"], dtypes={"lora": torch.bfloat16})
+    assert family.model._slot("lora", keep=()).dtype == torch.bfloat16
+    assert family.model._slot("rslora", keep=()).dtype == torch.float32
+    family.check(["lora", "rslora", None])
+
+
+@torch.no_grad()
+def test_addresses_follow_slots_that_come_go_and_move():
+    """Room for one of them and little more: calls evict, and indices are used again."""
+    nbytes = Family("llama", ["lora"]).model._slot("lora", keep=()).nbytes
+    family = Family("llama", ["lora", "rslora", "rank_pattern"], adapter_memory=3 * nbytes)
+    for method in ("lora", "rslora", "rank_pattern", "lora"):
+        family.check([method, None])
+        assert len(family.model._pool.keys) < 3
+
+
+@torch.no_grad()
+def test_an_adapter_full_of_nan_changes_no_other_row_by_a_bit():
+    family = Family("llama", ["lora", "dora"])
+    ids = ["lora", "dora", None]
+    before = family.check(ids)
+    family.model._slot("dora", keep=()).memory.view(torch.float32).fill_(float("nan"))
+    after = family.model(**inputs_of("llama", 3), adapter_ids=ids).logits
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert after[1].isnan().all()
+
+
+def test_where_gradients_are_wanted_the_batch_is_stacked():
+    family = Family("llama", ["lora"])
+    family.model(**inputs_of("llama", 2), adapter_ids=["lora", None]).logits.sum().backward()
+    assert isinstance(family.model._last.batch, Stacking)
+    assert family.model.model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_compiled_model_has_no_graph_break_at_an_adapter():
+    family = Family("llama", ["lora", "dora"])
+    ids = ["lora", None, "dora"]
+    expected = family.check(ids)
+    family.model.model.forward = torch.compile(family.model.model.forward, fullgraph=True, backend="aot_eager")
+    compiled = family.model(**inputs_of("llama", 3), adapter_ids=ids).logits
+    assert relative(compiled, expected) <= 1e-6
+    with torch.compiler.set_stance("fail_on_recompile"):
+        family.check(["dora", "lora", "lora"], limit=2e-5)
