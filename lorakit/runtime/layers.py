@@ -8,7 +8,7 @@ the module returned; without adapters in the batch it returns at once. Knows mod
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -51,6 +51,7 @@ class AdaptedModule:
     Attributes:
         path: the module's path.
         embedding: whether the module is given ids.
+        base: the module's own forward, without adapters.
         batch: the batch now in the model, if one of its adapters touches this module.
     """
 
@@ -60,8 +61,13 @@ class AdaptedModule:
         self.path = path
         self.batch: Batch | None = None
         self.embedding = place.kind == "embedding"
+        self.base: Callable[..., torch.Tensor] = module.forward
         self._module = module
         module.register_forward_hook(self._add, with_kwargs=True)
+
+    def serve_with(self, forward: Callable[..., torch.Tensor]) -> None:
+        """Puts another forward in the place of `base`, the module's own, which it may call."""
+        self._module.forward = forward
 
     @property
     def device(self) -> torch.device:
@@ -86,11 +92,19 @@ class AdaptedModule:
         if batch is None:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        lead = x.shape[0] if x.dim() > (1 if self.embedding else 2) else y.numel() // y.shape[-1]
-        rows = len(batch.slots)
+        self.check_rows(x, len(batch.slots))
+        return batch.add(self, y, x)
+
+    def check_rows(self, x: torch.Tensor, rows: int) -> None:
+        """Refuses an input that cannot hold the same number of tokens for each of the batch's rows.
+
+        Raises:
+            AdapterIdsError: naming the module.
+        """
+        ids = 1 if self.embedding else 2
+        lead = x.shape[0] if x.dim() > ids else x.numel() // (1 if self.embedding else x.shape[-1])
         if lead % rows:
             raise AdapterIdsError(
                 f"{self.path} was given {lead} rows for {rows} adapter_ids: the model does not feed it row by row, so "
                 "adapters on it cannot share a batch; give all rows one adapter."
             )
-        return batch.add(self, y, x)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -38,6 +38,7 @@ from lorakit.runtime.layers import AdaptedModule, Batch
 from lorakit.runtime.placement import check_placement
 from lorakit.runtime.pool import AdapterPool, Slot
 from lorakit.runtime.routing import Routing
+from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
 from lorakit.runtime.table import AddressTable
 
@@ -107,6 +108,8 @@ class MultiLoraModel(nn.Module):
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._last: _Formed | None = None
+        self._finder = SiblingFinder()
+        self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
 
     @classmethod
@@ -251,14 +254,38 @@ class MultiLoraModel(nn.Module):
                 return
             with self._pool.hold(slot for slot in slots if slot is not None):
                 batch = self._formed(slots)
-                used = [self._adapted[path] for path in batch.paths]
-                try:
-                    for module in used:
-                        module.batch = batch
+                with self._joined(batch) if isinstance(batch, Routing) else self._attached(batch, batch.paths):
                     yield
-                finally:
-                    for module in used:
-                        module.batch = None
+
+    @contextmanager
+    def _attached(self, batch: Batch, paths: Collection[str]) -> Iterator[None]:
+        """Modules of these paths ask the batch for their adapters' shares."""
+        modules = [self._adapted[path] for path in paths]
+        try:
+            for module in modules:
+                module.batch = batch
+            yield
+        finally:
+            for module in modules:
+                module.batch = None
+
+    @contextmanager
+    def _joined(self, batch: Routing) -> Iterator[None]:
+        """The same for kernels, which serve siblings together, once it is known who they are."""
+        groups = dict.fromkeys(self._siblings[path] for path in batch.paths if path in self._siblings)
+        alone = [path for path in batch.paths if path not in self._siblings]
+        batch.write([*(self._adapted[path] for path in alone), *(one for group in groups for one in group.modules)])
+        try:
+            for group in groups:
+                group.batch = batch
+            with self._attached(batch, alone):
+                yield
+        finally:
+            for group in groups:
+                group.batch = None
+                group.forget()
+            for group in self._finder.found():
+                self._siblings |= {module.path: group for module in group.modules}
 
     def _formed(self, slots: tuple[Slot | None, ...]) -> Batch:
         """The batch of these slots: the last one if it had the same, else a new one."""
@@ -268,8 +295,6 @@ class MultiLoraModel(nn.Module):
             del last
             self._adapt(slots)
             last = _Formed(kernels, self._new_batch(slots, kernels))
-        elif isinstance(last.batch, Routing):
-            last.batch.write()
         self._last = last
         return last.batch
 
@@ -277,7 +302,7 @@ class MultiLoraModel(nn.Module):
         paths = {path for slot in slots if slot is not None for path in slot.modules}
         # Kernels read an adapter where the pool has it, so no module may compute on another device.
         if kernels and all(self._adapted[path].device == self._pool.device for path in paths):
-            return Routing(slots, self._table, device=self.device)
+            return Routing(slots, self._table, self._finder, device=self.device)
         return Stacking(slots, self._adapted, dtype=torch.promote_types(self.dtype, torch.float32))
 
     def _slots(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Slot | None, ...]:

@@ -1,7 +1,7 @@
 """Routing: a batch whose rows find their adapters in device memory, by kernels.
 
 Made once a batch from the slot of each row, in one small copy to the device; nothing is stacked, padded or moved.
-Knows slots and rows; no name and no request.
+Knows slots, rows and modules; no name and no request.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from lorakit.runtime import ops
 from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.pool import Slot
+from lorakit.runtime.siblings import SiblingFinder
 from lorakit.runtime.table import AddressTable
 
 
@@ -24,27 +25,36 @@ class Routing:
         paths: the modules that some row's adapter touches.
     """
 
-    def __init__(self, slots: Sequence[Slot | None], table: AddressTable, *, device: torch.device) -> None:
+    def __init__(
+        self, slots: Sequence[Slot | None], table: AddressTable, finder: SiblingFinder, *, device: torch.device
+    ) -> None:
         """Makes the plan.
 
         Args:
             slots: the slot of each row; held until the batch is done.
             table: the addresses; rows that are out of date are written.
+            finder: is told of modules that are called alone.
             device: where the model computes.
         """
         self.slots = tuple(slots)
         used = {slot.index: slot for slot in self.slots if slot is not None}.values()
         self.paths: Collection[str] = dict.fromkeys(module.path for slot in used for module in slot.layout.modules)
         self._table = table
-        self._columns = {path: table.column(path) for path in self.paths}
+        self._finder = finder
         self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in used))
         self._max_rank = _tiled(max((slot.layout.ranks[-1] for slot in used), default=0))
-        self.write()
+        self._columns: dict[str, int] = {}
         rows = torch.tensor([-1 if slot is None else slot.index for slot in self.slots])
         self._plan = ops.plan(rows).to(device)
+        self._beside = ops.SideStream(device)
 
-    def write(self) -> None:
-        """Brings the table up to date, should a slot have moved since the last batch."""
+    def write(self, modules: Collection[AdaptedModule]) -> None:
+        """Brings the table up to date: slots may have moved since the last batch.
+
+        Args:
+            modules: those that this batch will meet, `paths` and their siblings.
+        """
+        self._columns = {module.path: self._table.column(module.path) for module in modules}
         for slot in dict.fromkeys(self.slots):
             if slot is not None:
                 self._table.write(slot)
@@ -52,17 +62,42 @@ class Routing:
 
     def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Adds the adapters' share at a module. See `layers.Batch`."""
+        if not torch.compiler.is_compiling() and not module.embedding:
+            self._finder.see(module, x)
         y = y.contiguous()
-        tokens = y.view(-1, y.shape[-1])
-        column = self._columns[module.path]
-        for dtype, table in self._tables:
-            if module.embedding:
+        if module.embedding:
+            column = self._columns[module.path]
+            for dtype, table in self._tables:
                 h = ops.lookup(x.reshape(-1), table, self._plan, column, self._max_rank, dtype)
-            else:
-                flat = x.reshape(-1, x.shape[-1]).contiguous()
-                h = ops.shrink(flat, table, self._plan, [column], self._max_rank, dtype)
-            ops.expand_([tokens], h, table, self._plan, [column], dtype)
+                ops.expand_([y.view(-1, y.shape[-1])], h, table, self._plan, [column], dtype)
+        else:
+            self._expand([module], [y], self._shrink([module], x))
         return y
+
+    def forward(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of siblings. See `siblings.GroupBatch`."""
+        for module in modules:
+            module.check_rows(x, len(self.slots))
+        # The sums need x alone, so they can be had beside the base's products.
+        with self._beside.forked() as beside:
+            ys = [module.base(x).contiguous() for module in modules]
+            with beside:
+                sums = self._shrink(modules, x)
+        self._expand(modules, ys, sums)
+        return ys
+
+    def _shrink(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
+        columns = [self._columns[module.path] for module in modules]
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()
+        return [ops.shrink(tokens, table, self._plan, columns, self._max_rank, dtype) for dtype, table in self._tables]
+
+    def _expand(
+        self, modules: Sequence[AdaptedModule], ys: Sequence[torch.Tensor], sums: Sequence[torch.Tensor]
+    ) -> None:
+        columns = [self._columns[module.path] for module in modules]
+        tokens = [y.view(-1, y.shape[-1]) for y in ys]
+        for h, (dtype, table) in zip(sums, self._tables, strict=True):
+            ops.expand_(tokens, h, table, self._plan, columns, dtype)
 
 
 def _tiled(rank: int) -> int:

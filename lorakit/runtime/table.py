@@ -39,7 +39,12 @@ class AddressTable:
 
     def column(self, path: str) -> int:
         """A module's column."""
-        return self._columns.setdefault(path, len(self._columns))
+        if path not in self._columns:
+            self._columns[path] = len(self._columns)
+            # A module that no adapter touches has a column too, of zeros, if a sibling of its is served.
+            for dtype in self._tensors:
+                self._make_room(0, dtype)
+        return self._columns[path]
 
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """(slots, modules, 8) int64: the entries of the slots of this dtype. It may be another one after a `write`."""
@@ -50,7 +55,7 @@ class AddressTable:
         if self._written.get(slot.index) == slot.generation and slot.dtype in self._tensors:
             return
         offsets, addressed = self._row(slot.layout, slot.dtype)
-        self._make_room(slot)
+        self._make_room(slot.index + 1, slot.dtype)
         row = torch.zeros((self._tensors[slot.dtype].shape[1], WORDS), dtype=torch.int64)
         row.numpy()[: len(offsets)] = offsets + addressed * slot.address
         for dtype, tensor in self._tensors.items():
@@ -77,14 +82,14 @@ class AddressTable:
             self._rows[key] = words, addressed
         return self._rows[key]
 
-    def _make_room(self, slot: Slot) -> None:
-        """Gives every tensor a row for the slot and a column for every module known."""
-        slots, columns = slot.index + 1, len(self._columns)
-        self._tensors.setdefault(slot.dtype, torch.zeros((0, 0, WORDS), dtype=torch.int64, device=self._device))
-        for dtype, tensor in self._tensors.items():
+    def _make_room(self, slots: int, dtype: torch.dtype) -> None:
+        """Gives every tensor, and one of this dtype, so many rows and a column for every module known."""
+        columns = len(self._columns)
+        self._tensors.setdefault(dtype, torch.zeros((0, 0, WORDS), dtype=torch.int64, device=self._device))
+        for key, tensor in self._tensors.items():
             if tensor.shape[0] < slots or tensor.shape[1] < columns:
                 # Twice as many rows as are needed: few tensors on the way to many slots.
                 shape = max(tensor.shape[0], 2 * slots), max(tensor.shape[1], columns), WORDS
                 grown = torch.zeros(shape, dtype=torch.int64, device=self._device)
                 grown[: tensor.shape[0], : tensor.shape[1]] = tensor
-                self._tensors[dtype] = grown
+                self._tensors[key] = grown

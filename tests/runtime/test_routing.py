@@ -118,3 +118,38 @@ def test_a_compiled_model_has_no_graph_break_at_an_adapter():
     assert relative(compiled, expected) <= 1e-6
     with torch.compiler.set_stance("fail_on_recompile"):
         family.check(["dora", "lora", "lora"], limit=2e-5)
+
+
+@torch.no_grad()
+def test_siblings_are_found_by_what_they_are_given():
+    family = Family("llama", ["lora"])
+    model = family.model
+    alone = family.check(["lora", None])
+    groups = [
+        [module.path.split(".", 2)[-1] for module in group.modules] for group in dict.fromkeys(model._siblings.values())
+    ]
+    assert ["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"] in groups
+    assert ["1.mlp.gate_proj", "1.mlp.up_proj"] in groups
+    assert ["0.self_attn.o_proj"] in groups
+    assert torch.equal(family.check(["lora", None]), alone)
+    plain = family.base(**inputs_of("llama", 2)).logits
+    assert torch.equal(model(**inputs_of("llama", 2)).logits, plain)
+
+
+@torch.no_grad()
+def test_siblings_that_part_are_served_alone():
+    """A sibling that is not called, or with another input, must not leave its share to anyone else."""
+    family = Family("llama", ["lora"])
+    model, ids = family.model, ["lora", None]
+    expected = family.check(ids)
+    attention = model.model.model.layers[0].self_attn
+    group = model._siblings["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(2, 3, 32, device=DEVICE)
+    with model._batch(ids, (x,), {}):
+        q = attention.q_proj(x)
+        again = attention.q_proj(x)  # k and v are not called in between
+        v = attention.v_proj(x.clone())
+    assert torch.equal(q, again) and group.batch is None and not group._done
+    with model._batch(ids, (x,), {}):
+        torch.testing.assert_close(attention.v_proj(x), v)
+    assert torch.equal(family.check(ids), expected)

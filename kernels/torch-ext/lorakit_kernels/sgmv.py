@@ -4,7 +4,8 @@ y ← c ⊙ (y + s · B A x) + d for up to four sibling modules that share x, in
 `expand_` adds s · B of them to y in place. Which kernels run is set by shapes alone, so both may be captured in a CUDA
 graph; slots, ranks and addresses are read from `table` and `plan` on the device at every replay.
 
-The three are operators of torch.library, so a compiled model calls them without a break.
+A compiled model calls them as operators of torch.library, without a break; elsewhere they are launched as they stand,
+which saves the operator's own time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ def _splits(tokens: int, in_features: int, device: torch.device) -> int:
     return prefill.splits(in_features, tile.prefill)
 
 
-@torch.library.custom_op("lorakit_kernels::shrink", mutates_args=())
 def shrink(
     x: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], max_rank: int, weight: torch.dtype
 ) -> Tensor:
@@ -46,6 +46,13 @@ def shrink(
     Returns:
         (siblings, tokens, splits, max_rank) fp32, to be summed over splits; undefined for rows without an adapter.
     """
+    run = _shrink_operator if torch.compiler.is_compiling() else _shrink
+    return run(x, table, plan, columns, max_rank, weight)
+
+
+def _shrink(
+    x: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], max_rank: int, weight: torch.dtype
+) -> Tensor:
     tokens, in_features = x.shape
     tile = tiles(x.device)
     h = x.new_empty((len(columns), tokens, _splits(tokens, in_features, x.device), max_rank), dtype=torch.float32)
@@ -56,13 +63,15 @@ def shrink(
     return h
 
 
-@shrink.register_fake
+_shrink_operator = torch.library.custom_op("lorakit_kernels::shrink", _shrink, mutates_args=())
+
+
+@_shrink_operator.register_fake
 def _(x, table, plan, columns, max_rank, weight):
     tokens, in_features = x.shape
     return x.new_empty((len(columns), tokens, _splits(tokens, in_features, x.device), max_rank), dtype=torch.float32)
 
 
-@torch.library.custom_op("lorakit_kernels::lookup", mutates_args=())
 def lookup(ids: Tensor, table: Tensor, plan: Tensor, column: int, max_rank: int, weight: torch.dtype) -> Tensor:
     """`shrink` for an embedding: A's column of every token.
 
@@ -77,17 +86,24 @@ def lookup(ids: Tensor, table: Tensor, plan: Tensor, column: int, max_rank: int,
     Returns:
         (1, tokens, 1, max_rank) fp32.
     """
+    run = _lookup_operator if torch.compiler.is_compiling() else _lookup
+    return run(ids, table, plan, column, max_rank, weight)
+
+
+def _lookup(ids: Tensor, table: Tensor, plan: Tensor, column: int, max_rank: int, weight: torch.dtype) -> Tensor:
     h = ids.new_empty((1, ids.shape[0], 1, max_rank), dtype=torch.float32)
     embedding.lookup(ids, h, table, plan, column, weight)
     return h
 
 
-@lookup.register_fake
+_lookup_operator = torch.library.custom_op("lorakit_kernels::lookup", _lookup, mutates_args=())
+
+
+@_lookup_operator.register_fake
 def _(ids, table, plan, column, max_rank, weight):
     return ids.new_empty((1, ids.shape[0], 1, max_rank), dtype=torch.float32)
 
 
-@torch.library.custom_op("lorakit_kernels::expand_", mutates_args=("ys",))
 def expand_(
     ys: Sequence[Tensor], h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype
 ) -> None:
@@ -101,6 +117,13 @@ def expand_(
         columns: as in `shrink`.
         weight: as in `shrink`.
     """
+    run = _expand_operator if torch.compiler.is_compiling() else _expand
+    run(ys, h, table, plan, columns, weight)
+
+
+def _expand(
+    ys: Sequence[Tensor], h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype
+) -> None:
     tile = tiles(h.device)
     if h.shape[1] <= tile.decode_tokens:
         decode.expand(ys, h, table, plan, columns, weight, tile.decode)
@@ -108,6 +131,9 @@ def expand_(
         prefill.expand(ys, h, table, plan, columns, weight, tile.prefill)
 
 
-@expand_.register_fake
+_expand_operator = torch.library.custom_op("lorakit_kernels::expand_", _expand, mutates_args=("ys",))
+
+
+@_expand_operator.register_fake
 def _(ys, h, table, plan, columns, weight):
     assert 1 <= len(ys) == len(columns) <= MOST

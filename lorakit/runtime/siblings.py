@@ -1,0 +1,97 @@
+"""Siblings: modules that are given the same input (q, k and v; gate and up), served by the same two launches.
+
+Nothing is known of names: who they are is seen in a batch's first forward, and checked again at every call. The first
+of them to be called computes all their products and all their adapters' shares; the others find theirs done. Knows
+modules and a batch; no adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from lorakit.runtime.layers import AdaptedModule
+from lorakit.runtime.ops import MOST_SIBLINGS
+
+
+class GroupBatch(Protocol):
+    """A batch that serves siblings together."""
+
+    def forward(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs (..., out) of modules that are given x (..., in), their adapters' shares added."""
+
+
+class Siblings:
+    """One to four modules in the order of their calls.
+
+    Attributes:
+        modules: the siblings.
+        batch: the batch now in the model, if one of its adapters touches one of them.
+    """
+
+    def __init__(self, modules: Sequence[AdaptedModule]) -> None:
+        """Takes the modules' forwards over."""
+        assert 1 <= len(modules) <= MOST_SIBLINGS
+        self.modules = tuple(modules)
+        self.batch: GroupBatch | None = None
+        self._together = True
+        self._x: torch.Tensor | None = None
+        self._done: dict[int, torch.Tensor] = {}
+        for index, module in enumerate(modules):
+            module.serve_with(partial(self._forward, index))
+
+    def forget(self) -> None:
+        """Lets go of outputs that nobody asked for."""
+        self._x = None
+        self._done = {}
+
+    def _forward(self, index: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The forward of one of the modules."""
+        module, batch = self.modules[index], self.batch
+        if batch is None:
+            return module.base(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self._x is x and index in self._done:
+            y = self._done.pop(index)
+            if not self._done:
+                self._x = None
+            return y
+        if self._done:
+            # Some sibling was not called with this input after all: from now on each computes its own alone.
+            self._together = False
+            self.forget()
+        if not self._together:
+            return batch.forward([module], x)[0]
+        ys = batch.forward(self.modules, x)
+        self._done = {other: y for other, y in enumerate(ys) if other != index}
+        self._x = x if self._done else None
+        return ys[index]
+
+
+class SiblingFinder:
+    """Sees which modules are called one after another with the same input."""
+
+    def __init__(self) -> None:
+        self._runs: list[list[AdaptedModule]] = []
+        self._seen: set[str] = set()
+        self._x: torch.Tensor | None = None
+
+    def see(self, module: AdaptedModule, x: torch.Tensor) -> None:
+        """Notes a call; of the inputs only the last is kept."""
+        if module.path in self._seen:
+            self._x = None  # called twice: what follows is no longer the first forward
+            return
+        self._seen.add(module.path)
+        if self._x is not x or len(self._runs[-1]) == MOST_SIBLINGS:
+            self._runs.append([])
+        self._runs[-1].append(module)
+        self._x = x
+
+    def found(self) -> Iterator[Siblings]:
+        """The siblings seen since the last call; their forwards are taken over."""
+        runs, self._runs, self._x = self._runs, [], None
+        for run in runs:
+            yield Siblings(run)
