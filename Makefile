@@ -74,9 +74,13 @@ docs: $(STAMPS)/docs  ## build the documentation into site/
 docs-serve: $(STAMPS)/docs  ## serve the documentation, rebuilt at each change
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
 
+.PHONY: kernels
+kernels: $(STAMPS)/venv  ## assemble the Hub's form of the kernels in kernels/build/
+	$(PY) kernels/build.py
+
 .PHONY: clean
 clean:  ## remove what builds and tools left; the environment stays
-	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site kernels/build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lorakit recipes kernels tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # ---- the environment

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lorakit_kernels.siblings import MOST
+from .siblings import MOST
 
 _T = TypeVar("_T")
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakit_kernels.arguments import launch, weight_type
-from lorakit_kernels.entries import WORDS
-from lorakit_kernels.plan import COLUMNS
+from .arguments import launch, weight_type
+from .entries import WORDS
+from .plan import COLUMNS
 
 _BLOCK_T = 32
 _BLOCK_R = 16

@@ -23,11 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakit_kernels.arguments import launch, padded, takes_as_is, weight_type
-from lorakit_kernels.entries import WORDS
-from lorakit_kernels.plan import COLUMNS
-from lorakit_kernels.siblings import channels, column_of, select
-from lorakit_kernels.tuning import Prefill
+from .arguments import launch, padded, takes_as_is, weight_type
+from .entries import WORDS
+from .plan import COLUMNS
+from .siblings import channels, column_of, select
+from .tuning import Prefill
 
 
 @triton.jit

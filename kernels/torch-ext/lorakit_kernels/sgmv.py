@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorakit_kernels import decode, embedding, prefill
-from lorakit_kernels.siblings import MOST
-from lorakit_kernels.tuning import tiles
+from . import decode, embedding, prefill
+from .namespace import add_op_namespace_prefix
+from .siblings import MOST
+from .tuning import tiles
 
 RANKS = 16
 """What `max_rank` is a multiple of: the ranks of a tile."""
@@ -63,7 +64,7 @@ def _shrink(
     return h
 
 
-_shrink_operator = torch.library.custom_op("lorakit_kernels::shrink", _shrink, mutates_args=())
+_shrink_operator = torch.library.custom_op(add_op_namespace_prefix("shrink"), _shrink, mutates_args=())
 
 
 @_shrink_operator.register_fake
@@ -96,7 +97,7 @@ def _lookup(ids: Tensor, table: Tensor, plan: Tensor, column: int, max_rank: int
     return h
 
 
-_lookup_operator = torch.library.custom_op("lorakit_kernels::lookup", _lookup, mutates_args=())
+_lookup_operator = torch.library.custom_op(add_op_namespace_prefix("lookup"), _lookup, mutates_args=())
 
 
 @_lookup_operator.register_fake
@@ -131,7 +132,7 @@ def _expand(
         prefill.expand(ys, h, table, plan, columns, weight, tile.prefill)
 
 
-_expand_operator = torch.library.custom_op("lorakit_kernels::expand_", _expand, mutates_args=("ys",))
+_expand_operator = torch.library.custom_op(add_op_namespace_prefix("expand_"), _expand, mutates_args=("ys",))
 
 
 @_expand_operator.register_fake
