@@ -86,7 +86,8 @@ def test_constraints_pin_every_direct_dependency():
     # Everything `make` installs. The other extras are for machines that no constraint was tested on.
     tested = (extras[extra] for extra in ("train", "quickstart", "bench", "docs", "dev"))
     for requirement in map(Requirement, itertools.chain(PROJECT["project"]["dependencies"], *tested)):
-        if requirement.name != "lorakit":
+        # PyTorch's CUDA builds demand a Triton of their own, so none is pinned.
+        if requirement.name not in ("lorakit", "triton"):
             version = pins.get(canonicalize_name(requirement.name))
             assert version, f"constraints.txt has no line for {requirement.name}"
             assert requirement.specifier.contains(version), f"{requirement} does not admit the pinned {version}"
