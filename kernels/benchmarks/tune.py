@@ -92,7 +92,7 @@ def main() -> None:
     with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
         decode = tuned(pool, start.decode, DECODE_STAGES, DECODE)
         prefill = tuned(pool, start.prefill, PREFILL_STAGES, PREFILL)
-        tiles = Tiles(crossover(pool, decode, prefill), decode, prefill)
+        tiles = Tiles(crossover(pool, decode, prefill), decode, prefill, start.prefill_wide)
     name = tuning.file_name(torch.cuda.get_device_name())
     for path in [folder / name] + ([options.out / name] if options.out else []):
         path.parent.mkdir(parents=True, exist_ok=True)

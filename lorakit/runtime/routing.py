@@ -46,7 +46,6 @@ class Routing:
         self._columns: dict[str, int] = {}
         rows = torch.tensor([-1 if slot is None else slot.index for slot in self.slots])
         self._plan = ops.plan(rows).to(device)
-        self._beside = ops.SideStream(device)
 
     def write(self, modules: Collection[AdaptedModule]) -> None:
         """Brings the table up to date: slots may have moved since the last batch.
@@ -78,12 +77,8 @@ class Routing:
         """The outputs of siblings. See `siblings.GroupBatch`."""
         for module in modules:
             module.check_rows(x, len(self.slots))
-        # The sums need x alone, so they can be had beside the base's products.
-        with self._beside.forked() as beside:
-            ys = [module.base(x).contiguous() for module in modules]
-            with beside:
-                sums = self._shrink(modules, x)
-        self._expand(modules, ys, sums)
+        ys = [module.base(x).contiguous() for module in modules]
+        self._expand(modules, ys, self._shrink(modules, x))
         return ys
 
     def _shrink(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:

@@ -91,23 +91,23 @@ def operands(case, rows, tokens, parts):
 
 
 def decode_shrink(case, tiles):
-    x, _, h, table, rows, columns = operands(case, 8, 8, decode.splits(case.sizes[0], tiles.decode))
-    decode.shrink(x, h, table, rows, columns, case.weight, tiles.decode)
+    x, _, h, table, rows, columns = operands(case, 8, 8, decode.splits(case.sizes[0], tiles.decode.of(case.weight)))
+    decode.shrink(x, h, table, rows, columns, case.weight, tiles.decode.of(case.weight))
 
 
 def decode_expand(case, tiles):
-    _, ys, h, table, rows, columns = operands(case, 8, 8, decode.splits(case.sizes[0], tiles.decode))
-    decode.expand(ys, h, table, rows, columns, case.weight, tiles.decode)
+    _, ys, h, table, rows, columns = operands(case, 8, 8, decode.splits(case.sizes[0], tiles.decode.of(case.weight)))
+    decode.expand(ys, h, table, rows, columns, case.weight, tiles.decode.of(case.weight))
 
 
 def prefill_shrink(case, tiles):
     x, _, h, table, rows, columns = operands(case, 8, 8192, prefill.splits(case.sizes[0], tiles.prefill))
-    prefill.shrink(x, h, table, rows, columns, case.weight, tiles.prefill)
+    prefill.shrink(x, h, table, rows, columns, case.weight, tiles.for_prefill(x, case.weight, case.max_rank))
 
 
 def prefill_expand(case, tiles):
     _, ys, h, table, rows, columns = operands(case, 8, 8192, prefill.splits(case.sizes[0], tiles.prefill))
-    prefill.expand(ys, h, table, rows, columns, case.weight, tiles.prefill)
+    prefill.expand(ys, h, table, rows, columns, case.weight, tiles.for_prefill(ys[0], case.weight, case.max_rank))
 
 
 def embedding_lookup(case, tiles):

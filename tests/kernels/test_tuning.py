@@ -45,7 +45,10 @@ def test_files_suit_the_kernels(path):
 def test_what_is_written_is_read(tmp_path):
     fallback = read(tuning._FOLDER / "fallback.json")
     sizes = Tiles(
-        7, dataclasses.replace(fallback.decode, block_k=64), dataclasses.replace(fallback.prefill, block_m=128)
+        decode_tokens=7,
+        decode=dataclasses.replace(fallback.decode, block_k=1024),
+        prefill=dataclasses.replace(fallback.prefill, block_m=128),
+        prefill_wide=dataclasses.replace(fallback.prefill, block_m=16),
     )
     write(tmp_path / "some.json", sizes)
     assert read(tmp_path / "some.json") == sizes != fallback

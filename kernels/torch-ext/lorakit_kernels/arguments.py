@@ -14,6 +14,11 @@ import triton.language as tl
 from .siblings import MOST
 
 _T = TypeVar("_T")
+VARYING = ["tokens", "tokens_per_row", "column0", "column1", "column2", "column3"]
+"""Arguments that differ from batch to batch: kernels are not compiled anew for each."""
+FIRSTS = ["first1", "first2", "first3"]
+"""The same, of kernels that serve siblings by tiles."""
+
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

@@ -30,27 +30,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import launch, padded, weight_type
+from .arguments import FIRSTS, VARYING, launch, padded, weight_type
 from .entries import WORDS
 from .plan import COLUMNS
 from .siblings import channels, column_of, select
 from .tuning import Decode
 
+LINE = 256
+"""Columns that a warp reads of a row at once: 32 threads, 8 each. Shrink's `block_k` is a multiple of it."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=VARYING)
 def shrink_kernel(
     x, h, table, plan, tokens, tokens_per_row, in_features, slot_stride, max_rank,
     column0, column1, column2, column3,
     WEIGHT: tl.constexpr, SIBLINGS: tl.constexpr, SPLITS: tl.constexpr, SINGLE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    LINES: tl.constexpr, LINE: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, token, sibling): BLOCK_K columns of A times the token's x → partial sums."""
+    """Program (split, token, sibling): LINES · LINE columns of A times the token's x → partial sums."""
     split = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1) // tokens_per_row
     sibling = tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(plan + token // tokens_per_row * COLUMNS)
+    slot = tl.load(plan + row * COLUMNS)
     if slot < 0:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -59,31 +64,49 @@ def shrink_kernel(
     entry = table + slot.to(tl.int64) * slot_stride + column * WORDS
     a = tl.multiple_of(tl.load(entry).to(tl.pointer_type(WEIGHT)), 16)
     rank = tl.load(entry + 4).to(tl.int32)
-    k = split * BLOCK_K + tl.arange(0, BLOCK_K)
-    r = tl.arange(0, BLOCK_R)
-    inside = (k < in_features)[None, :]
     part = h + ((sibling * tokens + token) * SPLITS + split) * max_rank
-    if SINGLE:
-        weights = tl.load(a + r[:, None] * in_features + k[None, :], mask=(r < rank)[:, None] & inside, other=0.0)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        values = tl.load(x + token * in_features + k, mask=k < in_features, other=0.0).to(tl.float32)
-        sums = tl.sum(weights.to(tl.float32) * values[None, :], axis=1)
+    r = tl.arange(0, BLOCK_R)
+    k = tl.arange(0, LINE)
+    # A line at a time: then a warp has whole rows of the tile, and sums them without the others.
+    weights = ()
+    for line in tl.static_range(LINES):
+        columns = (split * LINES + line) * LINE + k
+        mask = (r < rank)[:, None] & (columns < in_features)[None, :]
+        weights = weights + (tl.load(a + r[:, None] * in_features + columns[None, :], mask=mask, other=0.0),)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    values = ()
+    for line in tl.static_range(LINES):
+        columns = (split * LINES + line) * LINE + k
+        # Read as a tile, each row the same, so that x lies in the threads as the weights do.
+        place = x + token * in_features + columns[None, :] + 0 * r[:, None]
+        values = values + (tl.load(place, mask=(r >= 0)[:, None] & (columns < in_features)[None, :], other=0.0),)
+    for first in range(0, rank, BLOCK_R):
+        # The next tile is on its way while this one is summed.
+        ahead = ()
+        products = tl.zeros([BLOCK_R, LINE], tl.float32)
+        for line in tl.static_range(LINES):
+            if not SINGLE:
+                ranks = first + BLOCK_R + r
+                columns = (split * LINES + line) * LINE + k
+                mask = (ranks < rank)[:, None] & (columns < in_features)[None, :]
+                tile = tl.load(a + ranks[:, None] * in_features + columns[None, :], mask=mask, other=0.0)
+                ahead = ahead + (tile,)
+            products += weights[line].to(tl.float32) * values[line].to(tl.float32)
         # Sums past the rank are written as zeros, so that expand reads whole tiles.
-        tl.store(part + r, tl.where(r < rank, sums, 0.0))
-    else:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        values = tl.load(x + token * in_features + k, mask=k < in_features, other=0.0).to(tl.float32)
-        for first in range(0, rank, BLOCK_R):
-            ranks = first + r
-            mask = (ranks < rank)[:, None] & inside
-            weights = tl.load(a + ranks[:, None] * in_features + k[None, :], mask=mask, other=0.0)
-            sums = tl.sum(weights.to(tl.float32) * values[None, :], axis=1)
-            tl.store(part + ranks, tl.where(ranks < rank, sums, 0.0))
+        tl.store(part + first + r, tl.where(first + r < rank, tl.sum(products, axis=1), 0.0))
+        if not SINGLE:
+            weights = ahead
 
 
 @triton.jit
+def next_tile(b, first, r, rank, n, out):
+    """B's rows from `first` on, zeros past the rank."""
+    ranks = first + r
+    return tl.load(b + ranks[:, None] * out + n[None, :], mask=(ranks < rank)[:, None] & (n < out)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=[*VARYING, *FIRSTS])
 def expand_kernel(
     y0, y1, y2, y3, h, table, plan, tokens, tokens_per_row, slot_stride, max_rank,
     column0, column1, column2, column3, out0, out1, out2, out3, first1, first2, first3,
@@ -93,7 +116,7 @@ def expand_kernel(
 ):  # fmt: skip
     """Program (tile, token): y ← c ⊙ (y + s · h B) + d, for BLOCK_N channels of the token."""
     token = tl.program_id(1).to(tl.int64)
-    slot = tl.load(plan + token // tokens_per_row * COLUMNS)
+    slot = tl.load(plan + tl.program_id(1) // tokens_per_row * COLUMNS)
     if slot < 0:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -114,25 +137,21 @@ def expand_kernel(
     # Without factors nothing was summed: what lies in h is not ours.
     s = tl.arange(0, SPLITS_POWER)
     summed = (s < tl.where(rank > 0, SPLITS, 0))[:, None]
-    if SINGLE:
-        mask = (r < rank)[:, None] & (n < out)[None, :]
-        weights = tl.load(b + r[:, None] * out + n[None, :], mask=mask, other=0.0)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        base = tl.load(y + token * out + n, mask=n < out, other=0.0).to(tl.float32)
-        sums = tl.sum(tl.load(parts + s[:, None] * max_rank + r[None, :], mask=summed, other=0.0), axis=0)
-        share = tl.sum(weights.to(tl.float32) * sums[:, None], axis=0)
-    else:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        base = tl.load(y + token * out + n, mask=n < out, other=0.0).to(tl.float32)
-        share = tl.zeros([BLOCK_N], tl.float32)
-        for first in range(0, rank, BLOCK_R):
-            ranks = first + r
-            mask = (ranks < rank)[:, None] & (n < out)[None, :]
-            weights = tl.load(b + ranks[:, None] * out + n[None, :], mask=mask, other=0.0)
-            sums = tl.sum(tl.load(parts + s[:, None] * max_rank + ranks[None, :], mask=summed, other=0.0), axis=0)
+    weights = tl.load(b + r[:, None] * out + n[None, :], mask=(r < rank)[:, None] & (n < out)[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    base = tl.load(y + token * out + n, mask=n < out, other=0.0).to(tl.float32)
+    sums = tl.sum(tl.load(parts + s[:, None] * max_rank + r[None, :], mask=summed, other=0.0), axis=0)
+    share = tl.sum(weights.to(tl.float32) * sums[:, None], axis=0)
+    if not SINGLE:
+        weights = next_tile(b, BLOCK_R, r, rank, n, out)
+        for first in range(BLOCK_R, rank, BLOCK_R):
+            # The next tile is on its way while this one is multiplied.
+            ahead = next_tile(b, first + BLOCK_R, r, rank, n, out)
+            place = parts + s[:, None] * max_rank + (first + r)[None, :]
+            sums = tl.sum(tl.load(place, mask=summed, other=0.0), axis=0)
             share += tl.sum(weights.to(tl.float32) * sums[:, None], axis=0)
+            weights = ahead
     # A module that the adapter leaves alone keeps its bits: -0.0 + 0.0 would not be -0.0.
     if (rank > 0) | (c != 0) | (d != 0):
         value = channels(base + scale * share, c, d, n, out)
@@ -149,11 +168,12 @@ def shrink(
 ) -> None:
     """Launches shrink: arguments as in `sgmv.shrink`, the sums into h (siblings, tokens, splits, max_rank)."""
     siblings, tokens, parts, max_rank = h.shape
+    assert tile.block_k % LINE == 0 and max_rank % tile.block_r == 0
     launch(
         shrink_kernel, (parts, tokens, siblings),
         x, h, table, plan, tokens, tokens // plan.shape[0], x.shape[-1], table.stride(0), max_rank, *padded(columns),
         WEIGHT=weight_type(weight), SIBLINGS=siblings, SPLITS=parts, SINGLE=max_rank <= tile.block_r,
-        BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, WORDS=WORDS, COLUMNS=COLUMNS,
+        LINES=tile.block_k // LINE, LINE=LINE, BLOCK_R=tile.block_r, WORDS=WORDS, COLUMNS=COLUMNS,
         device=x.device, num_warps=tile.shrink_warps,
     )  # fmt: skip
 

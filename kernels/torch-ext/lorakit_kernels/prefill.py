@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import launch, padded, takes_as_is, weight_type
+from .arguments import FIRSTS, VARYING, launch, padded, takes_as_is, weight_type
 from .entries import WORDS
 from .plan import COLUMNS
 from .siblings import channels, column_of, select
@@ -59,7 +59,7 @@ def product(a, b, acc, EXACT: tl.constexpr):
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", *VARYING])
 def shrink_kernel(
     x, h, table, plan, rows, tokens, tokens_per_row, in_features, slot_stride, max_rank,
     column0, column1, column2, column3,
@@ -112,7 +112,7 @@ def shrink_kernel(
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", *VARYING, *FIRSTS])
 def expand_kernel(
     y0, y1, y2, y3, h, table, plan, rows, tokens, tokens_per_row, slot_stride, max_rank,
     column0, column1, column2, column3, out0, out1, out2, out3, first1, first2, first3,
@@ -210,7 +210,8 @@ def expand(
         *padded(ys), h, table, plan, rows, tokens, tokens // rows, table.stride(0), max_rank,
         *padded(columns), *padded(outs), *padded(firsts[:-1])[1:],
         WEIGHT=weight_type(weight), SIBLINGS=siblings, SPLITS=parts,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r(max_rank), ROWS_POWER=triton.next_power_of_2(rows),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=min(32, block_r(max_rank)),
+        ROWS_POWER=triton.next_power_of_2(rows),
         WORDS=WORDS, COLUMNS=COLUMNS, HALVES=weight == torch.bfloat16 and takes_as_is(weight),
         device=h.device, num_warps=tile.expand_warps,
     )  # fmt: skip

@@ -6,11 +6,15 @@ graph; slots, ranks and addresses are read from `table` and `plan` on the device
 
 A compiled model calls them as operators of torch.library, without a break; elsewhere they are launched as they stand,
 which saves the operator's own time.
+
+Table and plan are read before the kernel ahead in the stream has ended, so that kernel may not be the one that writes
+them. A copy is no kernel, and whatever ran before the base's product has ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +28,20 @@ RANKS = 16
 """What `max_rank` is a multiple of: the ranks of a tile."""
 
 
-def _splits(tokens: int, in_features: int, device: torch.device) -> int:
-    tile = tiles(device)
-    if tokens <= tile.decode_tokens:
-        return decode.splits(in_features, tile.decode)
-    return prefill.splits(in_features, tile.prefill)
+def _path(values: Tensor, tokens: int, weight: torch.dtype, max_rank: int) -> tuple[Any, Any]:
+    """The kernels and their tiles, for x or y of this shape and dtype."""
+    found = tiles(values.device)
+    if tokens <= found.decode_tokens:
+        return decode, found.decode.of(weight)
+    return prefill, found.for_prefill(values, weight, max_rank)
+
+
+def _room(x: Tensor, siblings: int, max_rank: int, weight: torch.dtype) -> Tensor:
+    """What shrink gives, not yet filled."""
+    assert 1 <= siblings <= MOST and max_rank % RANKS == 0
+    tokens, in_features = x.shape
+    kernels, tile = _path(x, tokens, weight, max_rank)
+    return x.new_empty((siblings, tokens, kernels.splits(in_features, tile), max_rank), dtype=torch.float32)
 
 
 def shrink(
@@ -54,13 +67,10 @@ def shrink(
 def _shrink(
     x: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], max_rank: int, weight: torch.dtype
 ) -> Tensor:
-    tokens, in_features = x.shape
-    tile = tiles(x.device)
-    h = x.new_empty((len(columns), tokens, _splits(tokens, in_features, x.device), max_rank), dtype=torch.float32)
-    if tokens <= tile.decode_tokens:
-        decode.shrink(x, h, table, plan, columns, weight, tile.decode)
-    else:
-        prefill.shrink(x, h, table, plan, columns, weight, tile.prefill)
+    assert x.is_contiguous()
+    h = _room(x, len(columns), max_rank, weight)
+    kernels, tile = _path(x, x.shape[0], weight, max_rank)
+    kernels.shrink(x, h, table, plan, columns, weight, tile)
     return h
 
 
@@ -69,8 +79,7 @@ _shrink_operator = torch.library.custom_op(add_op_namespace_prefix("shrink"), _s
 
 @_shrink_operator.register_fake
 def _(x, table, plan, columns, max_rank, weight):
-    tokens, in_features = x.shape
-    return x.new_empty((len(columns), tokens, _splits(tokens, in_features, x.device), max_rank), dtype=torch.float32)
+    return _room(x, len(columns), max_rank, weight)
 
 
 def lookup(ids: Tensor, table: Tensor, plan: Tensor, column: int, max_rank: int, weight: torch.dtype) -> Tensor:
@@ -125,11 +134,9 @@ def expand_(
 def _expand(
     ys: Sequence[Tensor], h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype
 ) -> None:
-    tile = tiles(h.device)
-    if h.shape[1] <= tile.decode_tokens:
-        decode.expand(ys, h, table, plan, columns, weight, tile.decode)
-    else:
-        prefill.expand(ys, h, table, plan, columns, weight, tile.prefill)
+    assert all(y.is_contiguous() for y in ys)
+    kernels, tile = _path(ys[0], h.shape[1], weight, h.shape[-1])
+    kernels.expand(ys, h, table, plan, columns, weight, tile)
 
 
 _expand_operator = torch.library.custom_op(add_op_namespace_prefix("expand_"), _expand, mutates_args=("ys",))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FOLDER = Path(__file__).parent / "tuning_data"
 _FALLBACK = "fallback"
@@ -36,6 +37,12 @@ class Decode:
     block_r: int
     shrink_warps: int
     expand_warps: int
+
+    def of(self, weight: torch.dtype) -> Decode:
+        """The tiles for weights of a dtype: half as wide for fp32, so that they stay in registers."""
+        if weight.itemsize == 2:
+            return self
+        return dataclasses.replace(self, block_k=self.block_k // 2, block_n=self.block_n // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +75,19 @@ class Tiles:
     Attributes:
         decode_tokens: up to so many tokens take the decode kernels.
         decode: their tiles.
-        prefill: the tiles of what is longer.
+        prefill: the tiles of what is longer, for the common case: 16-bit weights of x's own dtype, ranks up to 16.
+        prefill_wide: the same for all else: smaller tiles, so that fp32's products stay in registers.
     """
 
     decode_tokens: int
     decode: Decode
     prefill: Prefill
+    prefill_wide: Prefill
+
+    def for_prefill(self, values: Tensor, weight: torch.dtype, max_rank: int) -> Prefill:
+        """The prefill kernels' tiles for x or y of this shape and dtype."""
+        alike = weight.itemsize == 2 and values.dtype == weight
+        return self.prefill if alike and max_rank <= 16 and values.shape[-1] % 16 == 0 else self.prefill_wide
 
 
 def file_name(device_name: str) -> str:
@@ -92,7 +106,8 @@ def tiles(device: torch.device) -> Tiles:
 def read(path: Path) -> Tiles:
     """Reads a data file."""
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return Tiles(value["decode_tokens"], Decode(**value["decode"]), Prefill(**value["prefill"]))
+    prefill, wide = (Prefill(**value[name]) for name in ("prefill", "prefill_wide"))
+    return Tiles(value["decode_tokens"], Decode(**value["decode"]), prefill, wide)
 
 
 def write(path: Path, tiles: Tiles) -> None:
