@@ -36,19 +36,15 @@ from .plan import COLUMNS
 from .siblings import channels, column_of, select
 from .tuning import Decode
 
-LINE = 256
-"""Columns that a warp reads of a row at once: 32 threads, 8 each. Shrink's `block_k` is a multiple of it."""
-
 
 @triton.jit(do_not_specialize=VARYING)
 def shrink_kernel(
     x, h, table, plan, tokens, tokens_per_row, in_features, slot_stride, max_rank,
     column0, column1, column2, column3,
     WEIGHT: tl.constexpr, SIBLINGS: tl.constexpr, SPLITS: tl.constexpr, SINGLE: tl.constexpr,
-    LINES: tl.constexpr, LINE: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, token, sibling): LINES · LINE columns of A times the token's x → partial sums."""
+    """Program (split, token, sibling): BLOCK_K columns of A times the token's x → partial sums."""
     split = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(1) // tokens_per_row
@@ -66,41 +62,32 @@ def shrink_kernel(
     rank = tl.load(entry + 4).to(tl.int32)
     part = h + ((sibling * tokens + token) * SPLITS + split) * max_rank
     r = tl.arange(0, BLOCK_R)
-    k = tl.arange(0, LINE)
-    # A line at a time: then a warp has whole rows of the tile, and sums them without the others.
-    weights = ()
-    for line in tl.static_range(LINES):
-        columns = (split * LINES + line) * LINE + k
-        mask = (r < rank)[:, None] & (columns < in_features)[None, :]
-        weights = weights + (tl.load(a + r[:, None] * in_features + columns[None, :], mask=mask, other=0.0),)
+    k = split * BLOCK_K + tl.arange(0, BLOCK_K)
+    weights = tile_of_a(a, 0, r, rank, k, in_features)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    values = ()
-    for line in tl.static_range(LINES):
-        columns = (split * LINES + line) * LINE + k
-        # Read as a tile, each row the same, so that x lies in the threads as the weights do.
-        place = x + token * in_features + columns[None, :] + 0 * r[:, None]
-        values = values + (tl.load(place, mask=(r >= 0)[:, None] & (columns < in_features)[None, :], other=0.0),)
+    values = tl.load(x + token * in_features + k, mask=k < in_features, other=0.0).to(tl.float32)
     for first in range(0, rank, BLOCK_R):
-        # The next tile is on its way while this one is summed.
-        ahead = ()
-        products = tl.zeros([BLOCK_R, LINE], tl.float32)
-        for line in tl.static_range(LINES):
-            if not SINGLE:
-                ranks = first + BLOCK_R + r
-                columns = (split * LINES + line) * LINE + k
-                mask = (ranks < rank)[:, None] & (columns < in_features)[None, :]
-                tile = tl.load(a + ranks[:, None] * in_features + columns[None, :], mask=mask, other=0.0)
-                ahead = ahead + (tile,)
-            products += weights[line].to(tl.float32) * values[line].to(tl.float32)
+        if not SINGLE:
+            # The next tile is on its way while this one is summed.
+            ahead = tile_of_a(a, first + BLOCK_R, r, rank, k, in_features)
+        sums = tl.sum(weights.to(tl.float32) * values[None, :], axis=1)
         # Sums past the rank are written as zeros, so that expand reads whole tiles.
-        tl.store(part + first + r, tl.where(first + r < rank, tl.sum(products, axis=1), 0.0))
+        tl.store(part + first + r, tl.where(first + r < rank, sums, 0.0))
         if not SINGLE:
             weights = ahead
 
 
 @triton.jit
-def next_tile(b, first, r, rank, n, out):
+def tile_of_a(a, first, r, rank, k, in_features):
+    """A's rows from `first` on, zeros past the rank."""
+    ranks = first + r
+    mask = (ranks < rank)[:, None] & (k < in_features)[None, :]
+    return tl.load(a + ranks[:, None] * in_features + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def tile_of_b(b, first, r, rank, n, out):
     """B's rows from `first` on, zeros past the rank."""
     ranks = first + r
     return tl.load(b + ranks[:, None] * out + n[None, :], mask=(ranks < rank)[:, None] & (n < out)[None, :], other=0.0)
@@ -137,17 +124,17 @@ def expand_kernel(
     # Without factors nothing was summed: what lies in h is not ours.
     s = tl.arange(0, SPLITS_POWER)
     summed = (s < tl.where(rank > 0, SPLITS, 0))[:, None]
-    weights = tl.load(b + r[:, None] * out + n[None, :], mask=(r < rank)[:, None] & (n < out)[None, :], other=0.0)
+    weights = tile_of_b(b, 0, r, rank, n, out)
     if PDL:
         tl.extra.cuda.gdc_wait()
     base = tl.load(y + token * out + n, mask=n < out, other=0.0).to(tl.float32)
     sums = tl.sum(tl.load(parts + s[:, None] * max_rank + r[None, :], mask=summed, other=0.0), axis=0)
     share = tl.sum(weights.to(tl.float32) * sums[:, None], axis=0)
     if not SINGLE:
-        weights = next_tile(b, BLOCK_R, r, rank, n, out)
+        weights = tile_of_b(b, BLOCK_R, r, rank, n, out)
         for first in range(BLOCK_R, rank, BLOCK_R):
             # The next tile is on its way while this one is multiplied.
-            ahead = next_tile(b, first + BLOCK_R, r, rank, n, out)
+            ahead = tile_of_b(b, first + BLOCK_R, r, rank, n, out)
             place = parts + s[:, None] * max_rank + (first + r)[None, :]
             sums = tl.sum(tl.load(place, mask=summed, other=0.0), axis=0)
             share += tl.sum(weights.to(tl.float32) * sums[:, None], axis=0)
@@ -168,12 +155,12 @@ def shrink(
 ) -> None:
     """Launches shrink: arguments as in `sgmv.shrink`, the sums into h (siblings, tokens, splits, max_rank)."""
     siblings, tokens, parts, max_rank = h.shape
-    assert tile.block_k % LINE == 0 and max_rank % tile.block_r == 0
+    assert max_rank % tile.block_r == 0
     launch(
         shrink_kernel, (parts, tokens, siblings),
         x, h, table, plan, tokens, tokens // plan.shape[0], x.shape[-1], table.stride(0), max_rank, *padded(columns),
         WEIGHT=weight_type(weight), SIBLINGS=siblings, SPLITS=parts, SINGLE=max_rank <= tile.block_r,
-        LINES=tile.block_k // LINE, LINE=LINE, BLOCK_R=tile.block_r, WORDS=WORDS, COLUMNS=COLUMNS,
+        BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, WORDS=WORDS, COLUMNS=COLUMNS,
         device=x.device, num_warps=tile.shrink_warps,
     )  # fmt: skip
 

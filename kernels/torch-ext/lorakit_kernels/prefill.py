@@ -169,9 +169,9 @@ def splits(in_features: int, tile: Prefill) -> int:
     return triton.cdiv(in_features, tile.split_k)
 
 
-def block_r(max_rank: int) -> int:
-    """Ranks a tile holds: all of them where they fit."""
-    return min(64, triton.next_power_of_2(max_rank))
+def block_r(max_rank: int, weight: torch.dtype) -> int:
+    """Ranks that a tile of shrink holds: what registers allow for three siblings, since each tile reads x anew."""
+    return min(32 if weight.itemsize == 2 else 16, triton.next_power_of_2(max_rank))
 
 
 def shrink(
@@ -180,7 +180,7 @@ def shrink(
     """Launches shrink: arguments as in `sgmv.shrink`, the sums into h (siblings, tokens, splits, max_rank)."""
     siblings, tokens, parts, max_rank = h.shape
     rows = plan.shape[0]
-    block = block_r(max_rank)
+    block = block_r(max_rank, weight)
     launch(
         shrink_kernel, (parts, tokens // tile.block_m + rows, triton.cdiv(max_rank, block)),
         x, h, table, plan, rows, tokens, tokens // rows, x.shape[-1], table.stride(0), max_rank, *padded(columns),
@@ -210,7 +210,7 @@ def expand(
         *padded(ys), h, table, plan, rows, tokens, tokens // rows, table.stride(0), max_rank,
         *padded(columns), *padded(outs), *padded(firsts[:-1])[1:],
         WEIGHT=weight_type(weight), SIBLINGS=siblings, SPLITS=parts,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=min(32, block_r(max_rank)),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=16,
         ROWS_POWER=triton.next_power_of_2(rows),
         WORDS=WORDS, COLUMNS=COLUMNS, HALVES=weight == torch.bfloat16 and takes_as_is(weight),
         device=h.device, num_warps=tile.expand_warps,

@@ -75,7 +75,7 @@ class Tiles:
     Attributes:
         decode_tokens: up to so many tokens take the decode kernels.
         decode: their tiles.
-        prefill: the tiles of what is longer, for the common case: 16-bit weights of x's own dtype, ranks up to 16.
+        prefill: the tiles of what is longer, for the common case: bf16 throughout, or fp16 up to rank 16.
         prefill_wide: the same for all else: smaller tiles, so that fp32's products stay in registers.
     """
 
@@ -86,8 +86,10 @@ class Tiles:
 
     def for_prefill(self, values: Tensor, weight: torch.dtype, max_rank: int) -> Prefill:
         """The prefill kernels' tiles for x or y of this shape and dtype."""
-        alike = weight.itemsize == 2 and values.dtype == weight
-        return self.prefill if alike and max_rank <= 16 and values.shape[-1] % 16 == 0 else self.prefill_wide
+        common = values.dtype == weight == torch.bfloat16 or (
+            values.dtype == weight == torch.float16 and max_rank <= 16
+        )
+        return self.prefill if common and values.shape[-1] % 16 == 0 else self.prefill_wide
 
 
 def file_name(device_name: str) -> str:
