@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lorakit.bench import bank_open, cpu_decode
+from lorakit.bench import adapter_load, bank_open, cpu_decode
 
-BENCHMARKS: Mapping[str, Callable[[Path], None]] = {"cpu-decode": cpu_decode.run, "bank-open": bank_open.run}
+BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
+    "cpu-decode": cpu_decode.run,
+    "bank-open": bank_open.run,
+    "adapter-load": adapter_load.run,
+}
