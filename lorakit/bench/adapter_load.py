@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def run(folder: Path) -> None:
     loads = [_load(pool, extent) for _ in range(RUNS)]
     copies = [_copy(extent.nbytes, device) for _ in range(RUNS)]
     quiet, busy = _steps(pool, extent, device)
-    results = {
+    results: dict[str, Any] = {
         "load_ms": statistics_of(loads),
         "bare_copy_ms": statistics_of(copies),
         "load_GB_per_s": statistics_of([extent.nbytes / load / 1e6 for load in loads]),
