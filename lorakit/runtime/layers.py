@@ -51,7 +51,7 @@ class AdaptedModule:
     Attributes:
         path: the module's path.
         embedding: whether the module is given ids.
-        base: the module's own forward, without adapters.
+        base: the module's forward without this model's adapters.
         batch: the batch now in the model, if one of its adapters touches this module.
     """
 
@@ -66,7 +66,8 @@ class AdaptedModule:
         module.register_forward_hook(self._add, with_kwargs=True)
 
     def serve_with(self, forward: Callable[..., torch.Tensor]) -> None:
-        """Puts another forward in the place of `base`, the module's own, which it may call."""
+        """Puts another forward in the place of the module's, which stays callable as `base`."""
+        self.base = self._module.forward  # maybe another model's on the same base, which must stay in the chain
         self._module.forward = forward
 
     @property

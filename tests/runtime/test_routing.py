@@ -153,3 +153,21 @@ def test_siblings_that_part_are_served_alone():
     with model._batch(ids, (x,), {}):
         torch.testing.assert_close(attention.v_proj(x), v)
     assert torch.equal(family.check(ids), expected)
+
+
+@torch.no_grad()
+def test_two_models_on_one_base_do_not_get_in_each_others_way():
+    base = ARCHITECTURES["llama"].build().to(DEVICE)
+    tenants = [adapt(base, seed, target_modules="all-linear") for seed in range(2)]
+    models = [MultiLoraModel(base) for _ in tenants]
+    inputs = inputs_of("llama", 2)
+    for model, tenant in zip(models, tenants, strict=True):
+        model.load_adapter("tenant", tenant)
+    with (
+        torch.enable_grad()
+    ):  # stacked: the second model hooks modules now, and takes their forwards over after the first
+        models[1](**inputs, adapter_ids=["tenant", None])
+    for _ in range(2):  # the first round finds siblings, the second serves them together
+        for model, tenant in zip(models, tenants, strict=True):
+            logits = model(**inputs, adapter_ids=["tenant", None]).logits
+            assert relative(logits[0], tenant(**{key: value[:1] for key, value in inputs.items()}).logits[0]) <= 1e-5
