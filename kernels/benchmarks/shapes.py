@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lorakit_kernels.entries import entry
+from lorakit_kernels.limits import RANKS
 from lorakit_kernels.plan import plan
-from lorakit_kernels.sgmv import RANKS
 
 DTYPE = torch.bfloat16
 SCALE = 0.5

@@ -10,18 +10,17 @@ import importlib.util
 
 import torch
 
+from lorakit_kernels.entries import WORDS, entry_words
+from lorakit_kernels.limits import MOST_SIBLINGS, RANKS
+from lorakit_kernels.plan import plan
 from lorakit_kernels.stacked import Stack, stacked_lora
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
-    from lorakit_kernels.entries import WORDS, entry_words
-    from lorakit_kernels.plan import COLUMNS, plan
-    from lorakit_kernels.sgmv import RANKS, expand_, lookup, shrink
-    from lorakit_kernels.siblings import MOST as MOST_SIBLINGS
+    from lorakit_kernels.sgmv import expand_, lookup, shrink
 
 __all__ = [
-    "COLUMNS",
     "HAS_TRITON",
     "MOST_SIBLINGS",
     "RANKS",

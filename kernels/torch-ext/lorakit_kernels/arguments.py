@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .siblings import MOST
+from .limits import MOST_SIBLINGS
 
 _T = TypeVar("_T")
 VARYING = ["tokens", "tokens_per_row", "column0", "column1", "column2", "column3"]
@@ -29,7 +29,7 @@ def weight_type(dtype: torch.dtype) -> tl.dtype:
 
 def padded(values: Sequence[_T]) -> list[_T]:
     """Arguments for as many siblings as a kernel takes; those that are not there repeat the first."""
-    return [*values, *[values[0]] * (MOST - len(values))]
+    return [*values, *[values[0]] * (MOST_SIBLINGS - len(values))]
 
 
 def takes_as_is(dtype: torch.dtype) -> bool:

@@ -20,12 +20,9 @@ import torch
 from torch import Tensor
 
 from . import decode, embedding, prefill
+from .limits import MOST_SIBLINGS, RANKS
 from .namespace import add_op_namespace_prefix
-from .siblings import MOST
 from .tuning import tiles
-
-RANKS = 16
-"""What `max_rank` is a multiple of: the ranks of a tile."""
 
 
 def _path(values: Tensor, tokens: int, weight: torch.dtype, max_rank: int) -> tuple[Any, Any]:
@@ -38,7 +35,7 @@ def _path(values: Tensor, tokens: int, weight: torch.dtype, max_rank: int) -> tu
 
 def _room(x: Tensor, siblings: int, max_rank: int, weight: torch.dtype) -> Tensor:
     """What shrink gives, not yet filled."""
-    assert 1 <= siblings <= MOST and max_rank % RANKS == 0
+    assert 1 <= siblings <= MOST_SIBLINGS and max_rank % RANKS == 0
     tokens, in_features = x.shape
     kernels, tile = _path(x, tokens, weight, max_rank)
     return x.new_empty((siblings, tokens, kernels.splits(in_features, tile), max_rank), dtype=torch.float32)
@@ -144,4 +141,4 @@ _expand_operator = torch.library.custom_op(add_op_namespace_prefix("expand_"), _
 
 @_expand_operator.register_fake
 def _(ys, h, table, plan, columns, weight):
-    assert 1 <= len(ys) == len(columns) <= MOST
+    assert 1 <= len(ys) == len(columns) <= MOST_SIBLINGS

@@ -5,9 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MOST = 4
-"""The most siblings of one launch."""
-
 
 @triton.jit
 def column_of(sibling, column0, column1, column2, column3, SIBLINGS: tl.constexpr):
