@@ -2,7 +2,8 @@
 
 The base keeps its modules, names, weights and `state_dict`: nothing is replaced, so quantised layers, accelerate's
 device maps, tied weights and `torch.compile` see the model that they know. The hook adds the adapters' share to what
-the module returned; without adapters in the batch it returns at once. Knows modules and stacks; no name, no request.
+the module returned; without adapters in the batch it returns at once. Where siblings are served together, the module's
+forward is taken over as well (`siblings.py`). Knows modules and a batch; no name, no request.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class AdaptedModule:
     Attributes:
         path: the module's path.
         embedding: whether the module is given ids.
-        base: the module's forward without this model's adapters.
+        module: the module itself.
+        base: its forward without this model's adapters.
         batch: the batch now in the model, if one of its adapters touches this module.
     """
 
@@ -62,30 +64,30 @@ class AdaptedModule:
         self.batch: Batch | None = None
         self.embedding = place.kind == "embedding"
         self.base: Callable[..., torch.Tensor] = module.forward
-        self._module = module
+        self.module = module
         module.register_forward_hook(self._add, with_kwargs=True)
 
     def serve_with(self, forward: Callable[..., torch.Tensor]) -> None:
         """Puts another forward in the place of the module's, which stays callable as `base`."""
-        self.base = self._module.forward  # maybe another model's on the same base, which must stay in the chain
-        self._module.forward = forward
+        self.base = self.module.forward  # maybe another model's on the same base, which must stay in the chain
+        self.module.forward = forward
 
     @property
     def device(self) -> torch.device:
         """Where the module computes (not where accelerate keeps an offloaded weight)."""
-        hook = getattr(self._module, "_hf_hook", None)
+        hook = getattr(self.module, "_hf_hook", None)
         execution = getattr(hook, "execution_device", None)
         if execution is not None:
             return torch.device(execution)
-        return next(itertools.chain(self._module.parameters(), self._module.buffers())).device
+        return next(itertools.chain(self.module.parameters(), self.module.buffers())).device
 
     @property
     def output_scale(self) -> float:
         """What the module multiplies its product by: Gemma's embeddings do, and PEFT scales the adapter alike."""
-        scale = getattr(self._module, "embed_scale", None)
-        if not isinstance(self._module, nn.Embedding) or scale is None:
+        scale = getattr(self.module, "embed_scale", None)
+        if not isinstance(self.module, nn.Embedding) or scale is None:
             return 1.0
-        return float(torch.as_tensor(scale).to(self._module.weight.dtype))
+        return float(torch.as_tensor(scale).to(self.module.weight.dtype))
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor) -> torch.Tensor:
         """Adds the adapters' share to y (..., out) for x (..., in), both row-major over the batch's rows."""

@@ -36,7 +36,7 @@ from lorakit.runtime import ops
 from lorakit.runtime.host_cache import ExtentReader
 from lorakit.runtime.layers import AdaptedModule, Batch
 from lorakit.runtime.placement import check_placement
-from lorakit.runtime.pool import AdapterPool, Slot
+from lorakit.runtime.pool import AdapterPool, Slot, plain_tensors
 from lorakit.runtime.routing import Routing
 from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
@@ -49,16 +49,18 @@ _ROW_INPUTS = ("input_ids", "inputs", "inputs_embeds", "encoder_outputs", "decod
 
 
 class _Formed(NamedTuple):
-    """A batch that was formed, and whether kernels were asked for."""
+    """A batch that was formed, whether kernels were asked for, and the base's dtype then."""
 
     kernels: bool
+    dtype: torch.dtype
     batch: Batch
 
 
 class MultiLoraModel(nn.Module):
     """A transformers model that serves every adapter of a bank.
 
-    Two models never share state. Calls on one model from several threads take turns.
+    Calls on one model from several threads take turns, and one from inside another is kept apart. Two models share no
+    state, unless they wrap the same base: then they must not be called at the same time.
 
     Attributes:
         model: the base, its modules and weights as they were.
@@ -108,6 +110,7 @@ class MultiLoraModel(nn.Module):
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._last: _Formed | None = None
+        self._active: list[AdaptedModule | Siblings] = []
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
@@ -195,7 +198,8 @@ class MultiLoraModel(nn.Module):
 
         A row is a prompt: its beams and returned sequences use its adapter. Arguments and errors as in `forward`.
         """
-        with self._batch(adapter_ids, args, kwargs):
+        # As transformers' own `generate`, but already where the batch is formed: kernels pass no gradients.
+        with torch.no_grad(), self._batch(adapter_ids, args, kwargs):
             return self.model.generate(*args, **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -247,7 +251,7 @@ class MultiLoraModel(nn.Module):
     @contextmanager
     def _batch(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Sets the rows' adapters for what runs inside, and takes them away again whatever happens there."""
-        with self._lock:
+        with self._lock, self._set_aside():
             slots = self._slots(adapter_ids, args, kwargs)
             if not any(slots):
                 yield
@@ -258,9 +262,24 @@ class MultiLoraModel(nn.Module):
                     yield
 
     @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Takes away the batch of a call that is still running: a logits processor may call its own model."""
+        outer = [(part, part.batch) for part in self._active]
+        active, self._active = self._active, []
+        try:
+            for part, _ in outer:
+                part.batch = None
+            yield
+        finally:
+            self._active = active
+            for part, batch in outer:
+                part.batch = batch
+
+    @contextmanager
     def _attached(self, batch: Batch, paths: Collection[str]) -> Iterator[None]:
         """Modules of these paths ask the batch for their adapters' shares."""
         modules = [self._adapted[path] for path in paths]
+        self._active = [*self._active, *modules]
         try:
             for module in modules:
                 module.batch = batch
@@ -274,7 +293,9 @@ class MultiLoraModel(nn.Module):
         """The same for kernels, which serve siblings together, once it is known who they are."""
         groups = dict.fromkeys(self._siblings[path] for path in batch.paths if path in self._siblings)
         alone = [path for path in batch.paths if path not in self._siblings]
-        batch.write([*(self._adapted[path] for path in alone), *(one for group in groups for one in group.modules)])
+        with plain_tensors():
+            batch.write([*(self._adapted[path] for path in alone), *(one for group in groups for one in group.modules)])
+        self._active = [*groups]
         try:
             for group in groups:
                 group.batch = batch
@@ -291,10 +312,13 @@ class MultiLoraModel(nn.Module):
         """The batch of these slots: the last one if it had the same, else a new one."""
         kernels = ops.has_kernels(self.device, self.dtype) and not torch.is_grad_enabled()
         last, self._last = self._last, None  # what the last batch stacked is free before more is stacked
-        if last is None or last.kernels != kernels or last.batch.slots != slots:
+        if last is None or (last.kernels, last.dtype) != (kernels, self.dtype) or last.batch.slots != slots:
+            if last is not None and last.dtype != self.dtype:
+                self._table = AddressTable(self.device, self._adapted)  # an embedding's scale is rounded to its dtype
             del last
             self._adapt(slots)
-            last = _Formed(kernels, self._new_batch(slots, kernels))
+            with plain_tensors():
+                last = _Formed(kernels, self.dtype, self._new_batch(slots, kernels))
         self._last = last
         return last.batch
 
@@ -310,15 +334,20 @@ class MultiLoraModel(nn.Module):
         if adapter_ids is None:
             return ()
         rows = _count_rows(args, kwargs)
-        ids = [adapter_ids] * rows if isinstance(adapter_ids, str) else list(adapter_ids)
+        try:
+            ids = [adapter_ids] * rows if isinstance(adapter_ids, str) else list(adapter_ids)
+        except TypeError as error:
+            message = f"adapter_ids is {adapter_ids!r}; give a name, or one a row (None for the base)."
+            raise AdapterIdsError(message) from error
         if len(ids) != rows:
             raise AdapterIdsError(
                 f"adapter_ids has {len(ids)} entries for a batch of {rows} rows; give one a row (None for the base)."
             )
-        serving = set(self.adapters)
-        for name in dict.fromkeys(ids):
+        for name in ids:
             if name is not None and not isinstance(name, str):
                 raise AdapterIdsError(f"adapter_ids holds {name!r}; an entry is an adapter's name or None.")
+        serving = set(self.adapters)
+        for name in dict.fromkeys(ids):
             if name is not None and name not in serving:
                 raise self._unknown(name)
         if self._pool.device != self.device:

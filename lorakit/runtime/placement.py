@@ -13,8 +13,9 @@ from torch import nn
 
 from lorakit.errors import UnsupportedMethodError
 
-_EXPERT = re.compile(r"(^|\.)experts?\.\d+\.")
-_SEQUENCE_FIRST = ("xlnet",)
+_EXPERT = re.compile(r"(^|\.)experts?\.(expert_)?\d+\.")
+_SEQUENCE_FIRST = ("xlnet", "fsmt", "led", "longformer", "mask2former", "oneformer")
+_NO_ROWS = ("relative_attention_bias",)
 _TOWERS = ("vision_config", "audio_config", "speech_config", "video_config")
 
 
@@ -32,6 +33,10 @@ def check_placement(model: nn.Module, path: str) -> None:
     if model_type in _SEQUENCE_FIRST:
         raise UnsupportedMethodError(
             f"adapters of a {model_type} cannot share a batch: it lays tokens out position by position."
+        )
+    if path.endswith(_NO_ROWS):
+        raise UnsupportedMethodError(
+            f"an adapter on {path!r} cannot share a batch: it is given positions, which are the same for all rows."
         )
     if _EXPERT.search(path):
         raise UnsupportedMethodError(

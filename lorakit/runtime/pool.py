@@ -185,7 +185,7 @@ class AdapterPool:
         slot = self.get(key)
         if slot is not None:
             return slot
-        with _plain_tensors():
+        with plain_tensors():
             nbytes = source.layout.nbytes(self.dtype or source.dtype)
             plan = self._plan(nbytes, name, keep)  # refuses before anything is read
             host = self._host(key, source)
@@ -211,7 +211,7 @@ class AdapterPool:
             BankCorruptedError, …: as `source` raises them.
         """
         if key not in self._slots and self.host.limit:
-            with _plain_tensors():
+            with plain_tensors():
                 self._host(key, source)
 
     def acquire(self, slots: Iterable[Slot]) -> None:
@@ -378,7 +378,7 @@ class AdapterPool:
 
 
 @contextmanager
-def _plain_tensors() -> Iterator[Any]:
+def plain_tensors() -> Iterator[Any]:
     """Makes tensors that later calls may write to, whatever modes the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -92,7 +92,11 @@ class Routing:
         columns = [self._columns[module.path] for module in modules]
         tokens = [y.view(-1, y.shape[-1]) for y in ys]
         for h, (dtype, table) in zip(sums, self._tables, strict=True):
-            ops.expand_(tokens, h, table, self._plan, columns, dtype)
+            if len({y.dtype for y in ys}) == 1:
+                ops.expand_(tokens, h, table, self._plan, columns, dtype)
+                continue
+            for i, y in enumerate(tokens):  # a launch writes one dtype
+                ops.expand_([y], h[i : i + 1], table, self._plan, columns[i : i + 1], dtype)
 
 
 def _tiled(rank: int) -> int:

@@ -20,12 +20,15 @@ from lorakit.runtime.ops import MOST_SIBLINGS
 class GroupBatch(Protocol):
     """A batch that serves siblings together."""
 
+    def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """See `layers.Batch`."""
+
     def forward(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
         """The outputs (..., out) of modules that are given x (..., in), their adapters' shares added."""
 
 
 class Siblings:
-    """One to four modules in the order of their calls.
+    """One to four modules in the order of their calls, each called with x and nothing else.
 
     Attributes:
         modules: the siblings.
@@ -39,6 +42,7 @@ class Siblings:
         self.batch: GroupBatch | None = None
         self._together = True
         self._x: torch.Tensor | None = None
+        self._version: int | None = None
         self._done: dict[int, torch.Tensor] = {}
         for index, module in enumerate(modules):
             module.serve_with(partial(self._forward, index))
@@ -53,8 +57,10 @@ class Siblings:
         module, batch = self.modules[index], self.batch
         if batch is None:
             return module.base(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        if self._x is x and index in self._done:
+        if len(args) + len(kwargs) != 1:
+            return batch.add(module, module.base(*args, **kwargs), args[0] if args else next(iter(kwargs.values())))
+        x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+        if self._x is x and self._version == version(x) and index in self._done:
             y = self._done.pop(index)
             if not self._done:
                 self._x = None
@@ -67,8 +73,13 @@ class Siblings:
             return batch.forward([module], x)[0]
         ys = batch.forward(self.modules, x)
         self._done = {other: y for other, y in enumerate(ys) if other != index}
-        self._x = x if self._done else None
+        self._x, self._version = (x, version(x)) if self._done else (None, None)
         return ys[index]
+
+
+def version(x: torch.Tensor) -> int | None:
+    """Counts x's changes in place, where that is counted: not in inference mode, and not while a model is compiled."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class SiblingFinder:
@@ -76,19 +87,21 @@ class SiblingFinder:
 
     def __init__(self) -> None:
         self._runs: list[list[AdaptedModule]] = []
-        self._seen: set[str] = set()
+        self._seen: set[int] = set()
         self._x: torch.Tensor | None = None
+        self._version: int | None = None
 
     def see(self, module: AdaptedModule, x: torch.Tensor) -> None:
         """Notes a call; of the inputs only the last is kept."""
-        if module.path in self._seen:
+        # By the module itself: one that lies at two paths has no forward to be taken over twice.
+        if id(module.module) in self._seen:
             self._x = None  # called twice: what follows is no longer the first forward
             return
-        self._seen.add(module.path)
-        if self._x is not x or len(self._runs[-1]) == MOST_SIBLINGS:
+        self._seen.add(id(module.module))
+        if self._x is not x or self._version != version(x) or len(self._runs[-1]) == MOST_SIBLINGS:
             self._runs.append([])
         self._runs[-1].append(module)
-        self._x = x
+        self._x, self._version = x, version(x)
 
     def found(self) -> Iterator[Siblings]:
         """The siblings seen since the last call; their forwards are taken over."""

@@ -8,6 +8,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -90,3 +91,22 @@ def test_a_position_embedding_is_refused_in_a_mixed_batch():
 def test_single_experts_are_refused(llava, path):
     with pytest.raises(UnsupportedMethodError, match="router's order"):
         check_placement(llava, path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path"),
+    [
+        ("switch_transformers", "encoder.block.1.layer.1.mlp.experts.expert_0.wi"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.7.w1"),
+        ("t5", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+        ("longformer", "longformer.encoder.layer.0.attention.self.query"),
+        ("led", "led.encoder.layers.0.self_attn.longformer_self_attn.query"),
+        ("fsmt", "model.decoder.layers.0.fc1"),
+    ],
+)
+def test_what_is_known_to_lie_otherwise_is_refused_by_name(model_type, path):
+    model = torch.nn.Module()
+    model.config = PretrainedConfig()
+    model.config.model_type = model_type
+    with pytest.raises(UnsupportedMethodError, match="cannot share a batch"):
+        check_placement(model, path)
