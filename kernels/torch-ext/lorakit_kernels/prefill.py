@@ -26,7 +26,7 @@ from torch import Tensor
 from .arguments import FIRSTS, VARYING, launch, padded, takes_as_is, weight_type
 from .entries import WORDS
 from .plan import COLUMNS
-from .siblings import channels, column_of, select
+from .siblings import channels, column_of, expanding, select
 from .tuning import Prefill
 
 
@@ -130,12 +130,7 @@ def expand_kernel(
         tl.program_id(0), y0, y1, y2, y3, column0, column1, column2, column3, out0, out1, out2, out3,
         first1, first2, first3, SIBLINGS,
     )  # fmt: skip
-    entry = table + slot.to(tl.int64) * slot_stride + column * WORDS
-    b = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(WEIGHT)), 16)
-    c = tl.load(entry + 2)
-    d = tl.load(entry + 3)
-    rank = tl.load(entry + 4).to(tl.int32)
-    scale = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    b, c, d, rank, scale = expanding(table + slot.to(tl.int64) * slot_stride + column * WORDS, WEIGHT)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -58,6 +58,14 @@ def select(
 
 
 @triton.jit
+def expanding(entry, WEIGHT: tl.constexpr):
+    """What expand reads of a table's entry: (B, the addresses of c and d, the rank, the scale)."""
+    b = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(WEIGHT)), 16)
+    scale = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    return b, tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4).to(tl.int32), scale
+
+
+@triton.jit
 def channels(value, c, d, n, out):
     """c ⊙ value + d along the last axis, for the channels n; c and d are addresses, 0 for ones and zeros."""
     if c != 0:
