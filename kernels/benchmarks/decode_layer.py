@@ -21,8 +21,8 @@ from torch import Tensor
 from lorakit.bench.harness import save, show, statistics_of
 
 RANK, LAYERS = 16, 8
-# (rows, adapters, mark)
-CASES = ((32, 32, 35.0), (32, 1, 16.0), (1, 1, 14.0), (8, 8, None), (16, 16, None), (64, 64, None))
+# (rows, adapters, mark); without an adapter only the launches are left
+CASES = ((32, 32, 35.0), (32, 1, 16.0), (1, 1, 14.0), (8, 8, None), (16, 16, None), (64, 64, None), (32, 0, None))
 CHAINED, SIDE = "lorakit, chained", "lorakit, side stream"
 
 Work = Callable[[], None]
@@ -52,19 +52,21 @@ def run(folder: Path) -> None:
     ]
     show("Decode: time added to a layer, us", ["case", "by", "min", "median", "max", "mark"], table, path)
     for case, result in results.items():
-        base, floors = result["base_us"]["median"], result["read_floors_us"]
+        base, floors = result["base_us"], result["read_floors_us"]
         print(
-            f"{case}: base {base:.1f} us; A and B are {result['bytes'] / 1e6:.1f} MB, four reads {sum(floors):.1f} us"
+            f"{case}: base {base['min']:.1f} to {base['max']:.1f} us; "
+            f"A and B are {result['bytes'] / 1e6:.1f} MB, four reads {sum(floors):.1f} us"
         )
 
 
 def case_name(rows: int, adapters: int) -> str:
-    return f"{rows} row{'s' * (rows > 1)}, {adapters} adapter{'s' * (adapters > 1)}"
+    return f"{rows} row{'s' * (rows > 1)}, {adapters} adapter{'s' * (adapters != 1)}"
 
 
 def measure(rows: int, adapters: int) -> dict[str, Any]:
-    batch = Batch(tuple(i % adapters for i in range(rows)))
-    layers = [layer([RANK] * adapters) for _ in range(LAYERS)]
+    batch = Batch(tuple(i % adapters if adapters else -1 for i in range(rows)))
+    ranks = [RANK] * adapters
+    layers = [layer(ranks or [RANK]) for _ in range(LAYERS)]
     xs = layer_xs(batch)
     base = capture(base_work(layers, xs))
     times: dict[str, list[float] | None] = {
@@ -73,13 +75,13 @@ def measure(rows: int, adapters: int) -> dict[str, Any]:
     }
     for name, rival in RIVALS.items():
         work = chained_work(layers, xs, batch, rival)
-        times[name] = attempt(name, partial(added, work, base, LAYERS))
-    sizes = [shape.bytes([RANK] * adapters) for shape in LAYER]
+        times[name] = attempt(name, partial(added, work, base, LAYERS)) if adapters else None
+    sizes = [shape.bytes(ranks) for shape in LAYER]
     return {
         "base_us": statistics_of([base.replay() / LAYERS for _ in range(REPEATS)]),
         "added_us": {name: values and statistics_of(values) for name, values in times.items()},
         "bytes": sum(sizes),
-        "read_floors_us": [read_floor(size) for size in sizes],
+        "read_floors_us": [read_floor(size) for size in sizes if size],
     }
 
 

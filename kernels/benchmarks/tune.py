@@ -59,7 +59,8 @@ PREFILL_STAGES: tuple[dict[str, tuple[int, ...]], ...] = (
     {"block_m": (16, 32, 64), "block_k": (64, 128)},
     {"split_k": (2048, 4096, 11264)},
     {"shrink_warps": (2, 4, 8), "shrink_stages": (2, 3, 4)},
-    {"block_n": (128, 256, 512), "expand_warps": (2, 4, 8)},
+    {"block_n": (64, 128, 256), "expand_warps": (2, 4, 8)},
+    {"expand_steps": (1, 4, 8, 16), "expand_stages": (2, 3, 4)},
 )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from .arguments import FIRSTS, VARYING, launch, padded, takes_as_is, weight_type
 from .entries import WORDS
 from .plan import COLUMNS
-from .siblings import channels, column_of, expanding, select
+from .siblings import channels, column_of, expanding, select, tile_of_b
 from .tuning import Prefill
 
 
@@ -112,51 +112,68 @@ def shrink_kernel(
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def sums_of(parts, r, rank, inside, max_rank, SPLITS: tl.constexpr):
+    """Shrink's sums, (tokens, ranks), zeros past the rank: what lies there is not ours."""
+    present = inside[:, None] & (r < rank)[None, :]
+    sums = tl.load(parts[:, None] + r[None, :], mask=present, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        sums += tl.load(parts[:, None] + split * max_rank + r[None, :], mask=present, other=0.0)
+    return sums
+
+
+@triton.jit
+def share_of(sums, weights, share, WEIGHT: tl.constexpr, HALVES: tl.constexpr):
+    """share + sums B."""
+    if HALVES:
+        high = sums.to(WEIGHT)
+        low = (sums - high.to(tl.float32)).to(WEIGHT)
+        return tl.dot(low, weights, tl.dot(high, weights, share))
+    return product(sums, weights, share, False)
+
+
 @triton.jit(do_not_specialize=["rows", *VARYING, *FIRSTS])
 def expand_kernel(
     y0, y1, y2, y3, h, table, plan, rows, tokens, tokens_per_row, slot_stride, max_rank,
     column0, column1, column2, column3, out0, out1, out2, out3, first1, first2, first3,
-    WEIGHT: tl.constexpr, SIBLINGS: tl.constexpr, SPLITS: tl.constexpr,
+    WEIGHT: tl.constexpr, SIBLINGS: tl.constexpr, SPLITS: tl.constexpr, SINGLE: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_POWER: tl.constexpr,
     WORDS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of channels, tile of tokens): y ← c ⊙ (y + s · h B) + d."""
+    """Program (STEPS blocks of channels, tile of tokens): y ← c ⊙ (y + s · h B) + d."""
     slot, token, inside = tile_of(tl.program_id(1), plan, rows, tokens_per_row, BLOCK_M, ROWS_POWER, COLUMNS)
     if slot < 0:
         if PDL:
             tl.extra.cuda.gdc_wait()
         return
-    sibling, block, y, column, out = select(
+    sibling, group, y, column, out = select(
         tl.program_id(0), y0, y1, y2, y3, column0, column1, column2, column3, out0, out1, out2, out3,
         first1, first2, first3, SIBLINGS,
     )  # fmt: skip
     b, c, d, rank, scale = expanding(table + slot.to(tl.int64) * slot_stride + column * WORDS, WEIGHT)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    parts = h + (sibling * tokens + token) * SPLITS * max_rank
     if PDL:
         tl.extra.cuda.gdc_wait()
     # A module that the adapter leaves alone keeps its bits.
     if (rank == 0) & (c == 0) & (d == 0):
         return
-    place = y + token[:, None] * out + n[None, :]
-    there = inside[:, None] & (n < out)[None, :]
-    base = tl.load(place, mask=there, other=0.0)
-    parts = h + (sibling * tokens + token) * SPLITS * max_rank
-    share = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, rank, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        weights = tl.load(b + r[:, None] * out + n[None, :], mask=(r < rank)[:, None] & (n < out)[None, :], other=0.0)
-        sums = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for split in range(SPLITS):
-            present = inside[:, None] & (r < rank)[None, :]
-            sums += tl.load(parts[:, None] + split * max_rank + r[None, :], mask=present, other=0.0)
-        if HALVES:
-            high = sums.to(WEIGHT)
-            low = (sums - high.to(tl.float32)).to(WEIGHT)
-            share = tl.dot(low, weights, tl.dot(high, weights, share))
-        else:
-            share = product(sums, weights, share, False)
-    value = channels(base.to(tl.float32) + scale * share, c, d, n[None, :], out)
-    tl.store(place, value.to(y.dtype.element_ty), mask=there)
+    sums = sums_of(parts, r, rank, inside, max_rank, SPLITS)
+    # The next blocks of B and y are on their way while one is multiplied.
+    for block in tl.range(group * STEPS, tl.minimum((group + 1) * STEPS, tl.cdiv(out, BLOCK_N)), num_stages=STAGES):
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        place = y + token[:, None] * out + n[None, :]
+        there = inside[:, None] & (n < out)[None, :]
+        base = tl.load(place, mask=there, other=0.0)
+        weights = tile_of_b(b, r, rank, n, out)
+        share = share_of(sums, weights, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), WEIGHT, HALVES)
+        if not SINGLE:
+            for first in tl.range(BLOCK_R, rank, BLOCK_R, num_stages=1):
+                more = sums_of(parts, first + r, rank, inside, max_rank, SPLITS)
+                share = share_of(more, tile_of_b(b, first + r, rank, n, out), share, WEIGHT, HALVES)
+        value = channels(base.to(tl.float32) + scale * share, c, d, n[None, :], out)
+        tl.store(place, value.to(y.dtype.element_ty), mask=there)
 
 
 def splits(in_features: int, tile: Prefill) -> int:
@@ -164,9 +181,14 @@ def splits(in_features: int, tile: Prefill) -> int:
     return triton.cdiv(in_features, tile.split_k)
 
 
-def block_r(max_rank: int, weight: torch.dtype) -> int:
-    """Ranks that a tile of shrink holds: what registers allow for three siblings, since each tile reads x anew."""
-    return min(32 if weight.itemsize == 2 else 16, triton.next_power_of_2(max_rank))
+LOOPED = 32
+"""Ranks that a tile of expand holds at most, when it is one of several."""
+
+
+def block_r(max_rank: int, siblings: int, weight: torch.dtype) -> int:
+    """Ranks that a tile of shrink holds: what registers allow, since each tile of ranks reads x anew."""
+    most = 16 if weight.itemsize > 2 else 64 if siblings <= 2 else 32
+    return min(most, triton.next_power_of_2(max_rank))
 
 
 def shrink(
@@ -175,7 +197,7 @@ def shrink(
     """Launches shrink: arguments as in `sgmv.shrink`, the sums into h (siblings, tokens, splits, max_rank)."""
     siblings, tokens, parts, max_rank = h.shape
     rows = plan.shape[0]
-    block = block_r(max_rank, weight)
+    block = block_r(max_rank, siblings, weight)
     launch(
         shrink_kernel, (parts, tokens // tile.block_m + rows, triton.cdiv(max_rank, block)),
         x, h, table, plan, rows, tokens, tokens // rows, x.shape[-1], table.stride(0), max_rank, *padded(columns),
@@ -199,13 +221,18 @@ def expand(
     siblings, tokens, parts, max_rank = h.shape
     rows = plan.shape[0]
     outs = [y.shape[-1] for y in ys]
-    firsts = [sum(triton.cdiv(out, tile.block_n) for out in outs[:i]) for i in range(siblings + 1)]
+    width = tile.block_n * tile.expand_steps
+    firsts = [sum(triton.cdiv(out, width) for out in outs[:i]) for i in range(siblings + 1)]
+    single = max_rank <= tile.expand_ranks
+    # One tile of all ranks stays in registers from block to block; more than one have to share them.
+    block = triton.next_power_of_2(max_rank) if single else min(tile.expand_ranks, LOOPED)
     launch(
         expand_kernel, (firsts[-1], tokens // tile.block_m + rows),
         *padded(ys), h, table, plan, rows, tokens, tokens // rows, table.stride(0), max_rank,
         *padded(columns), *padded(outs), *padded(firsts[:-1])[1:],
-        WEIGHT=weight_type(weight), SIBLINGS=siblings, SPLITS=parts,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=16,
+        WEIGHT=weight_type(weight), SIBLINGS=siblings, SPLITS=parts, SINGLE=single,
+        STEPS=tile.expand_steps, STAGES=tile.expand_stages,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block,
         ROWS_POWER=triton.next_power_of_2(rows),
         WORDS=WORDS, COLUMNS=COLUMNS, HALVES=weight == torch.bfloat16 and takes_as_is(weight),
         device=h.device, num_warps=tile.expand_warps,

@@ -66,6 +66,13 @@ def expanding(entry, WEIGHT: tl.constexpr):
 
 
 @triton.jit
+def tile_of_b(b, r, rank, n, out):
+    """B's rows r, (ranks, channels), zeros past the rank."""
+    mask = (r < rank)[:, None] & (n < out)[None, :]
+    return tl.load(b + ((r * out)[:, None] + n[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
 def channels(value, c, d, n, out):
     """c ⊙ value + d along the last axis, for the channels n; c and d are addresses, 0 for ones and zeros."""
     if c != 0:

@@ -52,11 +52,14 @@ class Prefill:
     Attributes:
         block_m: tokens a tile holds.
         block_k: columns of x and A a step of shrink takes.
-        block_n: channels a program of expand takes.
+        block_n: channels a block of expand holds.
         split_k: columns of x a program of shrink takes, a multiple of block_k.
         shrink_warps: warps a program.
         shrink_stages: steps of shrink that are loaded ahead.
+        expand_ranks: ranks that a tile of expand holds.
         expand_warps: warps a program.
+        expand_steps: blocks of channels a program of expand takes, one after the other.
+        expand_stages: how many of them are under way at once.
     """
 
     block_m: int
@@ -65,7 +68,10 @@ class Prefill:
     split_k: int
     shrink_warps: int
     shrink_stages: int
+    expand_ranks: int
     expand_warps: int
+    expand_steps: int
+    expand_stages: int
 
 
 @dataclasses.dataclass(frozen=True)
