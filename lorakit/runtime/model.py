@@ -226,6 +226,7 @@ class MultiLoraModel(nn.Module):
                     if self.bank is None or name not in self.bank:
                         raise self._unknown(name)
                     self._unloaded.discard(name)
+                self._follow()
                 self._slot(name, keep=())
             return
         self._check_free(name)
@@ -350,15 +351,19 @@ class MultiLoraModel(nn.Module):
         for name in dict.fromkeys(ids):
             if name is not None and name not in serving:
                 raise self._unknown(name)
-        if self._pool.device != self.device:
-            self._last = None
-            self._pool = AdapterPool(device=self.device, dtype=self._pool.dtype, capacity=self._pool.capacity)
-            self._table = AddressTable(self.device, self._adapted)
+        self._follow()
         distinct = [name for name in dict.fromkeys(ids) if name is not None]
         slots = {name: self._slot(name, keep=distinct) for name in distinct}
         if len(set(ids)) == 1 and distinct:
             return (slots[distinct[0]],)  # one adapter for all: whatever the model does with rows, it is right
         return tuple(None if name is None else slots[name] for name in ids)
+
+    def _follow(self) -> None:
+        """Goes where the model has gone: what is resident on another device is of no use any more."""
+        if self._pool.device != self.device:
+            self._last = None
+            self._pool = AdapterPool(device=self.device, dtype=self._pool.dtype, capacity=self._pool.capacity)
+            self._table = AddressTable(self.device, self._adapted)
 
     def _slot(self, name: str, keep: Sequence[str]) -> Slot:
         """The adapter's slot, loaded if it is not resident."""

@@ -354,3 +354,10 @@ def _race(work):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_an_adapter_loads_to_where_the_model_has_gone(model, monkeypatch):
+    elsewhere = torch.device("meta")
+    monkeypatch.setattr(MultiLoraModel, "device", property(lambda self: elsewhere))
+    model.load_adapter("a")
+    assert model._pool.device == elsewhere
