@@ -1,40 +1,35 @@
 """PEFT's methods, one file a family: checkpoint → canonical form, and back.
 
-A family's module offers two functions, found by the checkpoint's PEFT type:
+A family's module is found by the checkpoint's PEFT type, and offers
 
     convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm
     restore(form: AdapterForm) -> dict[str, torch.Tensor]      # PEFT keys without "base_model.model."
 
-To add a family, write its file and name it in `FAMILIES`.
+`restore` may be left out where the form keeps the checkpoint's tensors as its extras. To add a family here, write its
+file and name it in `FAMILIES`. A package of your own adds one by an entry point of the group "lorakit.methods", named
+as the PEFT type is, whose object has these functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm
-from lorakit.adapters.methods import lora
+from lorakit.adapters.methods import ia3, lora
 from lorakit.adapters.peft_reader import PREFIX, Checkpoint
 from lorakit.errors import UnsupportedMethodError
 
-
-class Family(Protocol):
-    """What a file of this folder offers."""
-
-    def convert(self, checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
-        """The checkpoint's canonical form over this base."""
-        ...
-
-    def restore(self, form: AdapterForm) -> dict[str, torch.Tensor]:
-        """The checkpoint's tensors, by PEFT key without "base_model.model."."""
-        ...
-
-
-FAMILIES: Mapping[str, Family] = {"LORA": lora}
+FAMILIES: Mapping[str, Any] = {
+    "IA3": ia3,
+    "LORA": lora,
+}
+"""PEFT type → the module of its family."""
 
 _PROMPTS = "it adds virtual tokens or a side network, and changes no module's weights"
 _ROUTERS = "its router decides anew for every token, so it has no fixed form"
@@ -54,14 +49,25 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         UnsupportedMethodError: no family for this type, or an option of it that has no exact form.
         CheckpointError: keys are missing, unknown, or do not fit the base.
     """
-    family = FAMILIES.get(checkpoint.peft_type)
+    family = _family(checkpoint.peft_type)
     if family is None:
         reason = _REFUSED.get(checkpoint.peft_type, f"lorakit converts {', '.join(sorted(FAMILIES))}")
         raise UnsupportedMethodError(f"{checkpoint.source}: PEFT's {checkpoint.peft_type} is not served: {reason}.")
-    return family.convert(checkpoint, base)
+    form: AdapterForm = family.convert(checkpoint, base)
+    return form
 
 
 def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
     """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported."""
-    family = FAMILIES[str(form.config["peft_type"]).upper()]
-    return {PREFIX + key: tensor for key, tensor in family.restore(form).items()}
+    family = _family(str(form.config["peft_type"]).upper())
+    tensors = family.restore(form) if hasattr(family, "restore") else form.extras
+    return {PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+@cache
+def _family(peft_type: str) -> Any:
+    """The family of a PEFT type: ours, or one that another package adds; None if there is none."""
+    if peft_type in FAMILIES:
+        return FAMILIES[peft_type]
+    added = entry_points(group="lorakit.methods", name=peft_type)
+    return next((entry.load() for entry in added), None)

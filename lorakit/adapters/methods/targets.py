@@ -1,0 +1,84 @@
+"""Which modules of a base a checkpoint is for, by PEFT's own rules.
+
+PEFT leaves modules that lack weights as the base has them, and overlooks weights of modules that its configuration does
+not name. Both are refused here: they are a damaged checkpoint, or one of another base. Knows target_modules and what
+narrows it; knows no tensor's meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from types import SimpleNamespace
+
+from peft.tuners.tuners_utils import check_target_module_exists
+
+from lorakit.adapters.base import BaseModel
+from lorakit.adapters.peft_reader import Checkpoint
+from lorakit.adapters.places import Place
+from lorakit.errors import CheckpointError, ModuleNotFoundInBaseError
+
+PATTERN_ERRORS = (re.error, OverflowError, RecursionError)
+"""What compiling and matching an untrusted pattern can raise."""
+
+
+def place_at(checkpoint: Checkpoint, base: BaseModel, path: str) -> Place:
+    """The place at a path.
+
+    Raises:
+        ModuleNotFoundInBaseError: the base has no module there that can carry an adapter.
+    """
+    place = base.places.get(path)
+    if place is None:
+        raise ModuleNotFoundInBaseError(
+            f"{checkpoint.source}: the base model {base.id or base.architecture!r} ({base.architecture}) has no "
+            f"module {path!r} that can carry an adapter; was it trained on another base, or with another head?"
+        )
+    return place
+
+
+def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str]) -> None:
+    """Refuses weights for other modules than the configuration targets.
+
+    Args:
+        checkpoint: the checkpoint.
+        base: the base model.
+        paths: the modules that it has weights for.
+
+    Raises:
+        ModuleNotFoundInBaseError: the base lacks one.
+        CheckpointError: weights are missing, or are there for modules that are not targeted.
+    """
+    for path in paths:
+        place_at(checkpoint, base, path)
+    targeted = _targeted(checkpoint, base)
+    missing = [path for path in base.places if path in targeted and path not in paths]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.source}: the weights lack {len(missing)} of the modules that target_modules names, "
+            f"for example {missing[0]!r}; the file is incomplete, or was trained on another base."
+        )
+    surplus = [path for path in paths if path not in targeted]
+    if surplus:
+        raise CheckpointError(
+            f"{checkpoint.source}: there are weights for {len(surplus)} modules, for example {surplus[0]!r}, that "
+            "target_modules and its exceptions do not name, so PEFT would not use them; save the adapter again."
+        )
+
+
+def _targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
+    """The places that PEFT would adapt."""
+    config = checkpoint.config
+    if isinstance(config["target_modules"], str) and config["target_modules"].lower() == "all-linear":
+        return base.all_linear
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    matcher = SimpleNamespace(
+        modules_to_save=None, target_parameters=None, **{field: config.get(field) for field in fields}
+    )
+    try:
+        return frozenset(path for path in base.places if check_target_module_exists(matcher, path))
+    except PATTERN_ERRORS as error:
+        raise CheckpointError(
+            f"{checkpoint.source}: a pattern in target_modules, exclude_modules or layers_pattern is no regular "
+            f"expression ({error}); save the adapter again."
+        ) from error

@@ -1,0 +1,39 @@
+"""IA³ checkpoints → canonical form."""
+
+import pytest
+from peft import IA3Config
+from peft_folders import edit_config, save
+from tenants import check_exact, form_of, tenant_with
+
+from lorakit.errors import UnsupportedMethodError
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "feedforward"),
+    [
+        ("llama", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+        ("llama", ["q_proj", "up_proj", "down_proj"], ["down_proj"]),
+        ("llama", ["o_proj"], []),
+        ("gpt2", ["c_attn"], []),
+        ("bert", ["query", "value"], []),
+    ],
+    ids=str,
+)
+def test_equals_peft(tmp_path, name, targets, feedforward):
+    config = IA3Config(target_modules=targets, feedforward_modules=feedforward)
+    form = check_exact(tenant_with(config, name), tmp_path / "tenant", name)
+    assert form.method == "ia3" and form.rank == 0 and not form.uses_base_weights
+
+
+def test_a_feedforward_input_without_a_gate_is_refused(tmp_path):
+    config = IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])
+    folder = save(tenant_with(config, "gpt2"), tmp_path / "tenant")
+    with pytest.raises(UnsupportedMethodError, match=r"mlp\.c_proj.*gated MLP"):
+        form_of(folder, "gpt2")
+
+
+def test_an_unknown_option_is_refused(tmp_path):
+    folder = save(tenant_with(IA3Config(target_modules=["k_proj"], feedforward_modules=[])), tmp_path / "tenant")
+    edit_config(folder, rotates=True)
+    with pytest.raises(UnsupportedMethodError, match="rotates"):
+        form_of(folder)
