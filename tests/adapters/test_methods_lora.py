@@ -22,7 +22,7 @@ import lorakit
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import convert
 from lorakit.adapters.form import AdapterForm
-from lorakit.adapters.methods import lora_options
+from lorakit.adapters.methods import FAMILIES, lora_options
 from lorakit.errors import (
     CheckpointError,
     LorakitError,
@@ -187,11 +187,11 @@ def test_no_field_is_called_harmless_that_this_list_does_not_name():
         ({"init_lora_weights": "of_tomorrow"}, "init_lora_weights='of_tomorrow'.*upgrade lorakit"),
         ({"a_new_option": True}, r"options that this lorakit does not know \(a_new_option\).*upgrade lorakit"),
         ({"a_new_option": {"x": 0}, "b": 2}, r"\(a_new_option, b\)"),
-        ({"peft_type": "ADALORA"}, "ADALORA is not served"),
+        ({"peft_type": "RANDLORA"}, "RANDLORA is not served"),
         ({"peft_type": "XLORA"}, "XLORA is not served: its router"),
         ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING is not served: it adds virtual tokens"),
         ({"peft_type": "prefix_tuning"}, "PREFIX_TUNING is not served"),
-        ({"peft_type": "OF_TOMORROW"}, "OF_TOMORROW is not served: lorakit converts LORA"),
+        ({"peft_type": "OF_TOMORROW"}, "OF_TOMORROW is not served: lorakit converts .*LORA"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
@@ -212,6 +212,9 @@ def test_every_peft_type_is_served_or_refused(folder, peft_type):
     edit_config(folder, peft_type=peft_type)
     if peft_type == "LORA":
         assert form_of(folder).modules
+    elif peft_type in FAMILIES:  # its family finds that this is none of its checkpoints
+        with pytest.raises(LorakitError, match="tenant: "):
+            form_of(folder)
     else:
         with pytest.raises(UnsupportedMethodError, match=f"{peft_type} is not served: "):
             form_of(folder)
