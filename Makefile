@@ -52,6 +52,13 @@ install: $(STAMPS)/dev  ## set up the environment for development
 test: $(STAMPS)/dev  ## run the tests
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+.PHONY: compatibility
+compatibility: $(STAMPS)/dev  ## measure which methods are exact, and write docs/guides/compatibility.md
+	rm -rf build/compatibility
+	LORAKIT_COMPATIBILITY=build/compatibility OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) \
+	  tests/adapters -k methods tests/runtime/test_fidelity.py
+	$(PY) tests/compatibility.py build/compatibility docs/guides/compatibility.md
+
 .PHONY: style
 style: $(STAMPS)/dev  ## format, and mend what ruff can mend
 	$(PY) -m ruff format .

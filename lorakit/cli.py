@@ -105,6 +105,41 @@ def remove(bank: Bank, adapters: Annotated[list[str], typer.Argument(show_defaul
     _show(opened)
 
 
+@app.command()
+def merge(
+    bank: Bank,
+    name: Annotated[str, typer.Argument(help="The new adapter's name.", show_default=False)],
+    weights: Annotated[
+        list[str], typer.Argument(help="Adapters and their weights, each as NAME=WEIGHT.", show_default=False)
+    ],
+    combination: Annotated[
+        str, typer.Option("--combination", "-c", help="How they are summed: linear, cat, svd, ties, …")
+    ] = "linear",
+    rank: Annotated[int | None, typer.Option(help="The rank of a sum by singular values (svd, …_svd).")] = None,
+    density: Annotated[float | None, typer.Option(help="The share of values that pruning keeps.")] = None,
+    majority_sign_method: Annotated[str, typer.Option(help="How ties elects a sign: total or frequency.")] = "total",
+    seed: Annotated[int, typer.Option(help="Of the values that dare drops.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Store A and B as float32, bfloat16 or float16.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter of this name.")] = False,
+) -> None:
+    """Add a weighted sum of adapters to their bank, as one adapter."""
+    from lorakit.adapters.bank import AdapterBank
+
+    opened = AdapterBank.open(bank)
+    opened.merge(
+        name,
+        _weights(weights),
+        combination=combination,
+        rank=rank,
+        density=density,
+        majority_sign_method=majority_sign_method,
+        seed=seed,
+        dtype=_dtype(dtype),
+        overwrite=overwrite,
+    )
+    _show(opened)
+
+
 @app.command("export-peft")
 def export_peft(
     bank: Bank,
@@ -257,6 +292,20 @@ def _named_sources(sources: list[str]) -> dict[str, str]:
             raise AdapterExistsError(f"two sources would be called {name!r}; name them apart, as NAME=SOURCE.")
         named[name] = source
     return named
+
+
+def _weights(items: list[str]) -> dict[str, float]:
+    """NAME=WEIGHT → name → weight."""
+    weights: dict[str, float] = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        if name in weights:
+            raise ConfigError(f"adapter {name!r} has two weights; give it one.")
+        try:
+            weights[name] = float(value)
+        except ValueError as error:
+            raise ConfigError(f"{item!r} is no NAME=WEIGHT, such as sql=0.7.") from error
+    return weights
 
 
 def _dtype(name: str | None) -> Any:

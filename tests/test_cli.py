@@ -147,6 +147,24 @@ def test_options_of_export(lorakit_, place):
     assert AdapterBank.open("new").names == ["law"]
 
 
+def test_merge(lorakit_, place):
+    shutil.copytree("sql", place / "tax")
+    assert lorakit_("export", "bank", "tax", "--add").code == 0
+    outcome = lorakit_("merge", "bank", "mix", "sql=0.7", "tax=-0.3")
+    assert outcome.code == 0 and "4 adapters of" in outcome.out and "0.7*sql + -0.3*tax (linear)" in outcome.out
+    outcome = lorakit_(
+        *("merge", "bank", "mix", "sql=1", "tax=1", "-c", "ties_svd", "--density", 0.5, "--rank", 3, "--overwrite"),
+        *("--majority-sign-method", "frequency", "--seed", 3, "--dtype", "bfloat16"),
+    )
+    assert outcome.code == 0 and "(ties_svd, density 0.5)" in outcome.out
+    entry = AdapterBank.open("bank")["mix"]
+    assert (entry.rank, entry.dtype) == (3, torch.bfloat16)
+    assert "4 adapters are sound." in lorakit_("verify", "bank").out
+    assert lorakit_("export-peft", "bank", "mix", "out").code == 0
+    assert lorakit_("export", "bank", "again=out", "--add").code == 0
+    assert AdapterBank.open("bank")["again"].sha256 == entry.sha256
+
+
 def test_sources_may_hold_equals_signs(lorakit_, place):
     (place / "r=4").mkdir()
     shutil.copytree("sql", place / "r=4" / "a")
@@ -247,6 +265,17 @@ def test_text_is_shown_as_it_is(lorakit_, place):
         ("remove bank sql x", r"no adapter 'x' in bank"),
         ("export-peft bank x out", r"no adapter 'x' in bank"),
         ("export-peft bank sql base", r"'base' is there already and not empty: choose another folder"),
+        ("merge gone mix sql=1", r"'gone' is no folder. Check the path"),
+        ("merge bank mix sql=1 x=1", r"no adapter 'x' in bank"),
+        ("merge bank law sql=1", r"'law' is in the bank already: choose another name"),
+        ("merge bank mix sql", r"'sql' is no NAME=WEIGHT, such as sql=0.7"),
+        ("merge bank mix sql=much", r"'sql=much' is no NAME=WEIGHT, such as sql=0.7"),
+        ("merge bank mix sql=1 sql=2", r"adapter 'sql' has two weights; give it one"),
+        ("merge bank mix sql=nan law=1", r"the weight of adapter 'sql' is nan; give a finite number"),
+        ("merge bank mix sql=1 law=1 -c mean", r"combination 'mean' is unknown; use one of linear, cat, svd"),
+        ("merge bank mix sql=1 law=1 -c ties", r"combination 'ties' needs a density"),
+        ("merge bank mix sql=1 law=1 --dtype int8", r"--dtype 'int8' is unknown"),
+        ("merge bank mix sql=1 law=1", r"'law' scales the channels of model.layers.0.mlp.down_proj, .*leave it out"),
         ("generate bank hi -a x", r"no adapter 'x' in bank"),
         ("generate gone hi", r"'gone' is no folder. Check the path"),
         ("generate bank hi --base gone", r"base model 'gone' .*"),
@@ -341,6 +370,8 @@ def test_a_damaged_shard(refused, lorakit_, place):
         "export new",
         "inspect",
         "inspect a b c",
+        "merge bank mix",
+        "merge bank mix sql=1 --rank two",
         "generate bank",
         "generate bank hi --max-new-tokens 0",
         "generate bank hi --max-new-tokens many",
@@ -411,8 +442,8 @@ def test_the_typer_app_raises_typed_errors(place):
     assert isinstance(result.exception, lorakit.LorakitError)
 
 
-@pytest.mark.parametrize("command", [[], ["export"], ["inspect"], ["verify"], ["remove"], ["export-peft"], ["generate"],
-                                     ["train"], ["quickstart"], ["bench"]])  # fmt: skip
+@pytest.mark.parametrize("command", [[], ["export"], ["inspect"], ["verify"], ["remove"], ["merge"], ["export-peft"],
+                                     ["generate"], ["train"], ["quickstart"], ["bench"]])  # fmt: skip
 def test_help_of_every_command(lorakit_, command):
     outcome = lorakit_(*command, "--help")
     assert outcome.code == 0 and "Usage: " in outcome.out and outcome.err == ""

@@ -417,6 +417,58 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         ]
         self.add_forms(items, overwrite=overwrite, progress=progress)
 
+    def merge(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        *,
+        combination: str = "linear",
+        rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Adds a weighted sum of adapters, as PEFT's `add_weighted_adapter` makes it: a plain LoRA.
+
+        Modules that only some of the adapters have are a sum of those. One adapter alone is multiplied by its weight.
+
+        Args:
+            name: of the new adapter.
+            weights: adapter → weight, of any sign.
+            combination: "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ties_svd",
+                "dare_linear_svd", "dare_ties_svd" or "magnitude_prune_svd". "cat" is the sum itself, and its rank the
+                sum of the ranks; "svd" is the nearest one of a rank.
+            rank: of those that end in "svd"; the largest rank among the adapters by default.
+            density: the share of values that pruning keeps, above 0 and at most 1; for all but the first three.
+            majority_sign_method: how "ties" elects a sign, "total" or "frequency".
+            seed: of the values that "dare" drops.
+            dtype: what A and B are stored in; None: float32, in which they are computed.
+            overwrite: replace an adapter of this name.
+
+        Raises:
+            ConfigError: an argument that cannot be, or ranks that differ where they must be equal.
+            AdapterNameError: a name that cannot be.
+            AdapterExistsError: a name that is in the bank already, without `overwrite`.
+            AdapterNotFoundError: no such adapter.
+            UnsupportedMethodError: the sum is no plain LoRA: DoRA, IA³, biases save by "cat".
+            NonFiniteWeightsError: the sum has values larger than its dtype holds.
+            BankError: the bank is damaged, or the folder cannot be written.
+        """
+        # Only here, as in `export_peft`.
+        from lorakit.adapters.merging import Recipe
+
+        recipe = Recipe(weights, combination, rank, density, majority_sign_method, seed, dtype)
+
+        def merged() -> AdapterForm:
+            return recipe.merge(name, {adapter: self.form(adapter) for adapter in weights})
+
+        self.reload()
+        _check_new(name, set(), self._folder.index, overwrite)
+        recipe.check({adapter: self[adapter] for adapter in weights})
+        self.add_forms([(name, merged, str(recipe))], overwrite=overwrite)
+
     def remove(self, *names: str) -> None:
         """Removes adapters, all or none. Shards that hold no adapter any more are deleted.
 

@@ -37,6 +37,10 @@ _AUTO_CLASSES = {
 }
 
 
+# Ways by which LoRA's factors begin that take their product out of the base's weights (peft.LoraConfig).
+_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+
 class _Weights(Protocol):
     """Gives a named parameter of the base, or None where it has none of that name."""
 
@@ -95,6 +99,7 @@ class BaseModel:
                 raise BaseModelMismatchError(
                     "the live base model has adapters merged into its weights; call unmerge_adapter first."
                 )
+            _refuse_changed(source)
             return cls(model, _LiveWeights(model), str(getattr(model, "name_or_path", "") or ""))
         folder = _locate(str(source))
         skeleton = _skeleton(folder, task_type, architecture)
@@ -250,6 +255,17 @@ def _all_linear(model: nn.Module) -> frozenset[str]:
     return frozenset(
         path for path, module in base_modules(model) if isinstance(module, nn.Linear | Conv1D) and module is not output
     )
+
+
+def _refuse_changed(model: nn.Module) -> None:
+    """Refuses a base whose weights PEFT changed to begin a training: factors are found from the original ones."""
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        init = str(getattr(config, "init_lora_weights", "")).lower()
+        if init.startswith(_CHANGING_INITS) or getattr(config, "kasa_config", None) is not None:
+            raise BaseModelMismatchError(
+                f"PEFT changed the live base model's weights when it added its adapter {name!r} (PiSSA, OLoRA, CorDA, "
+                "LoRA-GA or KaSA); give the base as it was before."
+            )
 
 
 def _unwrap_peft(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from architectures import ARCHITECTURES
+from compatibility import places_of, served
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft_folders import base_of, relative, save
 from safetensors.torch import load_file
@@ -58,11 +59,13 @@ def check_exact(tenant: PeftModel, folder: Path, name: str = "llama", tolerance:
     plain = base(**inputs).logits
     mixed = model(**inputs, adapter_ids=["tenant", None]).logits
     assert relative(plain, reference) > 1e-3, "the adapter does nothing, so nothing is tested"
-    assert relative(mixed[0], reference[0]) <= tolerance
+    error = relative(mixed[0], reference[0])
+    assert error <= tolerance
     assert relative(mixed[1], plain[1]) <= 1e-6
     assert relative(model(**inputs, adapter_ids="tenant").logits, reference) <= tolerance
     form = form_of(folder, name)
     stored, given = load_file(folder / WEIGHTS), restore(form)
     assert given.keys() == stored.keys()
     assert all(torch.equal(given[key], stored[key]) for key in stored)
+    served(form.method, name, places_of(base, list(form.modules)), error)
     return form

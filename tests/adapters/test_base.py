@@ -15,7 +15,7 @@ from peft_folders import base_of, small
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters.base import BaseModel
-from lorakit.errors import BaseModelNotFoundError, LorakitError
+from lorakit.errors import BaseModelMismatchError, BaseModelNotFoundError, LorakitError
 
 WEIGHTS = "model.safetensors"
 
@@ -215,3 +215,14 @@ def test_any_configuration_opens_or_is_a_typed_error(config_text, tmp_path_facto
         assert BaseModel.of(folder).architecture
     except LorakitError as error:
         assert str(folder) in str(error)
+
+
+@pytest.mark.parametrize(
+    "options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"kasa_config": {}}]
+)
+def test_a_live_base_that_peft_has_changed_is_refused(options):
+    base = copy.deepcopy(base_of())
+    wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=4, **options))
+    for model in (base, wrapped):
+        with pytest.raises(BaseModelMismatchError, match="as it was before"):
+            BaseModel.of(model)

@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from architectures import ARCHITECTURES, METHODS, adapt
+from compatibility import places_of, served
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -41,9 +42,12 @@ def test_logits_in_a_mixed_batch_equal_pefts(name, method):
     row = ids.index(method)
     alone = {key: tensor[row : row + 1] for key, tensor in inputs.items()}
     expected = (tenants[method] if method else base)(**alone).logits[0]
-    assert relative(mixed[row], expected) <= 1e-5
+    error = relative(mixed[row], expected)
+    assert error <= 1e-5
     if method:  # the adapter matters, or the line above says nothing
         assert relative(base(**alone).logits[0], expected) > 0.1
+        shown = {"embeddings": "lora", "embeddings-dora": "dora"}.get(method, method)
+        served(shown, name, places_of(base, tenants[method].targeted_module_names), error)
 
 
 @pytest.mark.parametrize("name", GENERATORS)

@@ -21,13 +21,44 @@ import torch
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm
-from lorakit.adapters.methods import ia3, lora
+from lorakit.adapters.methods import (
+    adalora,
+    adamss,
+    beft,
+    deft,
+    delora,
+    glora,
+    gralora,
+    hra,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    miss,
+    peanut,
+    poly,
+    psoft,
+)
 from lorakit.adapters.peft_reader import PREFIX, Checkpoint
 from lorakit.errors import UnsupportedMethodError
 
 FAMILIES: Mapping[str, Any] = {
+    "ADALORA": adalora,
+    "ADAMSS": adamss,
+    "BEFT": beft,
+    "DEFT": deft,
+    "DELORA": delora,
+    "GLORA": glora,
+    "GRALORA": gralora,
+    "HRA": hra,
     "IA3": ia3,
+    "LOHA": loha,
+    "LOKR": lokr,
     "LORA": lora,
+    "MISS": miss,
+    "PEANUT": peanut,
+    "POLY": poly,
+    "PSOFT": psoft,
 }
 """PEFT type → the module of its family."""
 

@@ -1,7 +1,9 @@
 """LoRA and its plain variants: rsLoRA, rank_pattern, alpha_pattern, lora_bias; Linear, Conv1D and Embedding.
 
 y = W x + b + s · B A x, with s = alpha / r, or alpha / √r for rsLoRA (peft.tuners.lora.LoraLayer). DoRA adds its
-channel scale in dora.py. Which options are served, lora_options.py says.
+channel scale in dora.py. Factors that are stored packed are unpacked by bdlora.py and qalora.py; methods that change
+the base's weights are brought to the base as it is by pissa.py (also OLoRA) and kasa.py, which doubles the rank. Which
+options are served, lora_options.py says.
 
 Sources: Hu et al. 2021 (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 2312.03732); peft.LoraConfig.
 """
@@ -17,7 +19,7 @@ import torch
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods import dora
+from lorakit.adapters.methods import bdlora, dora, kasa, pissa, qalora
 from lorakit.adapters.methods.lora_options import check_options
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
 from lorakit.adapters.methods.targets import PATTERN_ERRORS, place_at
@@ -32,23 +34,23 @@ _FACTORS = {
     "lora_embedding_B": ("b", "embedding"),
 }
 _BIAS = "lora_B.bias"
+# Methods whose A and B are made from the checkpoint's.
+_REBUILT = ("pissa", "olora", "kasa", "bdlora", "qalora")
 
 
 def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     """Converts a LoRA checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     config = checkpoint.config
     check_options(checkpoint)
-    grouped = parts_of(checkpoint, base, "a LoRA", (*_FACTORS, _BIAS, dora.MAGNITUDE)).modules
+    grouped = parts_of(checkpoint, base, "a LoRA", (*_FACTORS, _BIAS, dora.MAGNITUDE, kasa.DIAGONAL)).modules
     modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    # What A and B alone cannot give back to PEFT: DoRA's magnitudes, and biases, which the form holds scaled.
-    extras = {
-        f"{path}.{item}": items[item]
-        for path, items in grouped.items()
-        for item in (dora.MAGNITUDE, _BIAS)
-        if item in items
-    }
-    method = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
-    return AdapterForm(method, modules, dict(config), extras, uses_base_weights=bool(config.get("use_dora")))
+    method = _method(checkpoint)
+    # What A and B alone cannot give back to PEFT: DoRA's magnitudes, and biases, which the form holds scaled; all of
+    # it where A and B are not the checkpoint's own.
+    kept = (dora.MAGNITUDE, _BIAS, *(_FACTORS if method in _REBUILT else ()), kasa.DIAGONAL)
+    extras = {f"{path}.{item}": items[item] for path, items in grouped.items() for item in kept if item in items}
+    reads_base = bool(config.get("use_dora")) or method in ("pissa", "olora", "kasa")
+    return AdapterForm(method, modules, dict(config), extras, reads_base)
 
 
 def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
@@ -57,10 +59,23 @@ def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
     for path, module in form.modules.items():
         for item, (factor, kind) in _FACTORS.items():
             tensor = getattr(module, factor)
-            if kind == module.kind and tensor is not None:
+            if kind == module.kind and tensor is not None and form.method not in _REBUILT:
                 transposed = kind == "embedding" and factor == "a"
                 tensors[f"{path}.{item}"] = tensor.T.contiguous() if transposed else tensor
     return tensors
+
+
+def _method(checkpoint: Checkpoint) -> str:
+    """The method's short name: of the options that are set, the one that changes the most."""
+    config = checkpoint.config
+    options = {
+        "kasa": kasa.is_kasa(checkpoint),
+        "bdlora": bdlora.is_bdlora(checkpoint),
+        "qalora": config.get("use_qalora"),
+        "dora": config.get("use_dora"),
+        "rslora": config.get("use_rslora"),
+    }
+    return pissa.method_of(checkpoint) or next((name for name, value in options.items() if value), "lora")
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
@@ -70,7 +85,7 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         checkpoint: the whole checkpoint.
         base: the base model.
         path: the module's path.
-        items: the end of the key → tensor: A (r, in), B (out, r), and bias or magnitude (out).
+        items: the end of the key → tensor: A (r, in), B (out, r), and bias or magnitude (out) or diagonal (r).
     """
     source = checkpoint.source
     place = place_at(checkpoint, base, path)
@@ -82,12 +97,27 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     if kinds != {place.kind}:
         raise ShapeMismatchError(f"{source}: {path} is an adapter for another kind of module than its {place.kind}.")
     rank, scale = _rank_and_scale(checkpoint, path)
-    expected = {"a": (rank, place.in_features), "b": (place.out_features, rank)}
+    group = qalora.group_size(checkpoint, factors["a"], place.in_features)
+    blocks = bdlora.blocks(checkpoint, place, path)
+    expected = {"a": (rank, place.in_features // group), "b": (place.out_features, rank)}
+    for factor, count in blocks.items():
+        expected[factor] = bdlora.packed_shape(checkpoint, path, expected[factor], count)
     for factor, tensor in factors.items():
         check_shape(source, f"LoRA {factor.upper()} of {path}", tensor, expected[factor])
+    for factor, count in blocks.items():
+        factors[factor] = bdlora.unpack(factors[factor], count)
 
-    a, b = factors["a"], factors["b"]
+    a, b = qalora.unpool(factors["a"], group), factors["b"]
     c = d = None
+    form_scale = scale * qalora.scale_of(place.in_features, group)
+    if pissa.method_of(checkpoint):
+        a, b = pissa.factors(checkpoint, base, path, a, b, scale)
+    if kasa.is_kasa(checkpoint) != (kasa.DIAGONAL in items):
+        raise CheckpointError(f"{source}: kasa_config and the diagonal of {path} do not agree.")
+    if kasa.DIAGONAL in items:
+        check_shape(source, f"the KaSA diagonal of {path}", items[kasa.DIAGONAL], (rank,))
+        a, b = kasa.factors(checkpoint, base, path, a, b, scale, items[kasa.DIAGONAL])
+        form_scale = 1.0
     if bool(checkpoint.config.get("use_dora")) != (dora.MAGNITUDE in items):
         raise CheckpointError(f"{source}: use_dora and the magnitude vector of {path} do not agree.")
     if bool(checkpoint.config.get("lora_bias")) != (_BIAS in items):
@@ -99,7 +129,7 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     if _BIAS in items:
         check_shape(source, f"the LoRA bias of {path}", items[_BIAS], (place.out_features,))
         d = scale * items[_BIAS].float()
-    return module_form(place, a, b, scale, c, d)
+    return module_form(place, a, b, form_scale, c, d)
 
 
 def _rank_and_scale(checkpoint: Checkpoint, path: str) -> tuple[int, float]:

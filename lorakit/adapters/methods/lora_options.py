@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from peft import LoraConfig
 
+from lorakit.adapters.methods import bdlora, kasa, pissa
 from lorakit.adapters.methods.options import (
     COMMON,
     TARGETS,
@@ -34,14 +35,11 @@ _REFUSED = {
     **WHOLE_TENSORS,
     "target_parameters": "its expert parameters need per-expert factors",
     "alora_invocation_tokens": "it acts from its invocation tokens on, which needs per-token routing",
-    "use_bdlora": "its block-diagonal factors are packed",
-    "use_qalora": "its A acts on pooled inputs",
-    "kasa_config": "it truncates the base's weights",
     "arrow_config": "its router chooses among adapters for every token",
     "layer_replication": "it changes the base's layers, which all tenants share",
     "megatron_config": "its layers are Megatron's, not transformers'",
 }
-# Ways to initialise that also change the base's weights: the factors alone do not give the trained model.
+# Ways to initialise that also change the base's weights, in a way that the base and the factors do not give back.
 _INITS = {
     "pissa": "PiSSA",
     "olora": "OLoRA",
@@ -54,7 +52,7 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _HARMLESS = COMMON | frozenset(
     "r lora_alpha lora_dropout bias use_rslora "
     "init_lora_weights rank_pattern alpha_pattern use_dora lora_bias loftq_config eva_config corda_config "
-    "lora_ga_config megatron_core qalora_group_size runtime_config "
+    "lora_ga_config megatron_core use_bdlora use_qalora qalora_group_size kasa_config runtime_config "
     "ensure_weight_tying".split()
 )
 
@@ -68,6 +66,7 @@ def check_options(checkpoint: Checkpoint) -> None:
     """
     refuse_set(checkpoint, _REFUSED)
     _check_init(checkpoint)
+    _check_variants(checkpoint)
     refuse_bias(checkpoint)
     refuse_unknown(checkpoint, _HARMLESS | _REFUSED.keys())
     check_values(checkpoint, _OPTIONS)
@@ -75,9 +74,17 @@ def check_options(checkpoint: Checkpoint) -> None:
 
 
 def _check_init(checkpoint: Checkpoint) -> None:
-    """Refuses initialisations that changed the base's weights."""
+    """Refuses initialisations that changed the base's weights, but for those of pissa.py."""
     config, source = checkpoint.config, checkpoint.source
     init = config.get("init_lora_weights")
+    if pissa.method_of(checkpoint):
+        return
+    if isinstance(init, str) and init.startswith("pissa_niter_"):
+        raise UnsupportedMethodError(
+            f"{source}: init_lora_weights={shown(init)}: PEFT's fast SVD depends on a random state that the checkpoint "
+            "does not hold. Save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a "
+            "plain LoRA."
+        )
     for prefix, name in _INITS.items():
         if isinstance(init, str) and init.lower().startswith(prefix):
             raise UnsupportedMethodError(
@@ -97,6 +104,23 @@ def _check_init(checkpoint: Checkpoint) -> None:
         )
 
 
+def _check_variants(checkpoint: Checkpoint) -> None:
+    """Refuses variants together: PEFT does not take them, but for DoRA over PiSSA and OLoRA."""
+    config = checkpoint.config
+    changes_base = pissa.method_of(checkpoint)
+    init = config.get("init_lora_weights")
+    chosen = {
+        "use_bdlora": bdlora.is_bdlora(checkpoint),
+        "use_qalora": config.get("use_qalora"),
+        "kasa_config": kasa.is_kasa(checkpoint),
+        "use_dora": config.get("use_dora") and not changes_base,
+        f"init_lora_weights={shown(init)}": changes_base or init == "mica",
+    }
+    names = [name for name, value in chosen.items() if value]
+    if len(names) > 1:
+        raise UnsupportedMethodError(f"{checkpoint.source}: {' and '.join(names)} are not served together.")
+
+
 _OPTIONS = (
     rank("r"),
     number("lora_alpha"),
@@ -107,4 +131,8 @@ _OPTIONS = (
     flag("use_rslora"),
     flag("use_dora"),
     flag("lora_bias"),
+    flag("use_qalora"),
+    Option("qalora_group_size", is_rank, "a whole number of at least 1"),
+    Option("use_bdlora", bdlora.fits, bdlora.WANTED),
+    Option("kasa_config", kasa.fits, kasa.WANTED),
 )

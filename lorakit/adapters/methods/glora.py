@@ -1,0 +1,122 @@
+"""GLoRA, where its factors of the weight are one number a channel.
+
+y = (W + a ⊙ W + p 1ᵀ) x + b + b ⊙ D + E + W C, with a and p one number an output or one for all
+(peft.tuners.glora.layer.GloraLinear; PEFT writes A and B for them). So c = 1 + a, rank-1 factors A = 1ᵀ and B = p / c,
+and d = b ⊙ (D − a) + E + W C. Where the base has no bias, PEFT adds neither C nor D nor E. With config_A_B="lora" a is
+a matrix, and a ⊙ W has full rank.
+
+Source: Chavan et al. 2023 (arXiv 2306.07967).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+
+import torch
+from peft import GloraConfig
+
+from lorakit.adapters.base import BaseModel
+from lorakit.adapters.form import AdapterForm, ModuleForm
+from lorakit.adapters.methods.linears import linear_at
+from lorakit.adapters.methods.options import Option, check_config, rank
+from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.peft_reader import Checkpoint
+from lorakit.adapters.places import Place
+from lorakit.errors import CheckpointError, UnsupportedMethodError
+
+_KINDS = ("lora", "vector", "constant", "none")
+
+
+def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
+    """Converts a GLoRA checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
+    config = checkpoint.config
+    if config.get("config_A_B", "lora") == "lora":  # PEFT's default
+        raise UnsupportedMethodError(
+            f"{checkpoint.source}: config_A_B='lora' is not served: it multiplies the base's weight by a matrix, "
+            "element by element, which has no low-rank form; train with 'vector', 'constant' or 'none'."
+        )
+    choices = [_choice(f"config_{name}") for name in ("A_B", "C", "D_E")]
+    check_config(checkpoint, GloraConfig, [rank("r"), *choices], harmless="init_weights")
+    endings = [f"glora_{path}.{ending}" for path in "ABCDE" for ending in ("X", "Xd", "Xu", "zeros")]
+    modules = {}
+    for path, items in parts_of(checkpoint, base, "a GLoRA", endings).modules.items():
+        modules[path] = _module(checkpoint, base, path, items)
+    return AdapterForm("glora", modules, dict(config), dict(checkpoint.tensors), uses_base_weights=True)
+
+
+def _choice(name: str) -> Option:
+    """Which values each may have, PEFT's own class tests."""
+    return Option(name, lambda value: isinstance(value, str) and value in _KINDS, "one of PEFT's names", needed=True)
+
+
+def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
+    """One module's form.
+
+    Args:
+        checkpoint: the whole checkpoint.
+        base: the base model.
+        path: the module's path.
+        items: the end of the key → tensor.
+    """
+    config, place = checkpoint.config, linear_at(checkpoint, base, path)
+    bias = base.bias(path)
+    kinds = dict.fromkeys("AB", config["config_A_B"]) | dict.fromkeys("CDE", "none")
+    if bias is not None:  # else PEFT has nothing in the place of C, D and E
+        kinds |= {"C": config["config_C"]} | dict.fromkeys("DE", config["config_D_E"])
+    scale, shift, coupling, factor, term = (
+        _value(checkpoint, items, path, letter, _shapes(letter, kind, place, config["r"]))
+        for letter, kind in kinds.items()
+    )
+
+    c = (1 + scale).expand(place.out_features)
+    a = b = d = None
+    if shift.any():
+        if ((c == 0) & (shift != 0)).any():
+            raise UnsupportedMethodError(
+                f"{checkpoint.source}: glora_A of {path} takes an output's weights away (1 + A = 0) where glora_B adds "
+                "others, which has no form with a scale on the outside."
+            )
+        b = torch.where(c == 0, 0, shift / c)[:, None].float()
+        a = torch.ones(1, place.in_features)
+    if bias is not None:
+        d = bias.to("cpu", torch.float64) * (factor - scale) + term
+        if coupling.any():
+            weight = base.weight(path).to("cpu", torch.float32)
+            d = d + (weight @ coupling.expand(place.in_features).float()[:, None])[:, 0]
+    return module_form(place, a, b, c=c, d=d)
+
+
+def _shapes(letter: str, kind: str, place: Place, rank: int) -> dict[str, tuple[int, ...]]:
+    """The end of the key → shape, of one of PEFT's five paths."""
+    height, width = place.out_features, place.in_features
+    size = width if letter == "C" else height
+    if kind == "none":
+        return {"zeros": (height, width) if letter in "AB" else (width, 1) if letter == "C" else (height,)}
+    if kind == "lora":
+        return {"Xd": (size, rank), "Xu": (rank, 1)}
+    return {"X": (1,) if kind == "constant" else (size,) if letter in "DE" else (size, 1)}
+
+
+def _value(
+    checkpoint: Checkpoint,
+    items: Mapping[str, torch.Tensor],
+    path: str,
+    letter: str,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> torch.Tensor:
+    """What one of PEFT's paths computes, in fp64: one number a channel, or one for all (1,)."""
+    tensors = []
+    for ending, shape in shapes.items():
+        item = f"glora_{letter}.{ending}"
+        if item not in items:
+            raise CheckpointError(f"{checkpoint.source}: {path} has no {item}; the file is incomplete.")
+        check_shape(checkpoint.source, f"{item} of {path}", items[item], shape)
+        tensors.append(items[item])
+    if "zeros" in shapes:
+        if tensors[0].any():
+            raise CheckpointError(
+                f"{checkpoint.source}: glora_{letter}.zeros of {path} is not zero; save the adapter again."
+            )
+        return torch.zeros(1, dtype=torch.float64)
+    return reduce(torch.matmul, (tensor.double() for tensor in tensors)).flatten()

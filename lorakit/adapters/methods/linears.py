@@ -1,0 +1,99 @@
+"""What the methods for linear modules share: their place, a module's tensors, options by pattern, a full product.
+
+Knows places, keys' endings and patterns; knows no method's mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from lorakit.adapters.base import BaseModel
+from lorakit.adapters.methods.options import Option, is_number, is_rank, maps_to
+from lorakit.adapters.methods.parts import check_shape
+from lorakit.adapters.methods.targets import PATTERN_ERRORS, place_at
+from lorakit.adapters.peft_reader import Checkpoint
+from lorakit.adapters.places import Place
+from lorakit.errors import CheckpointError, ShapeMismatchError
+
+RANK_PATTERN = Option("rank_pattern", lambda value: maps_to(value, is_rank), "a mapping from patterns to whole numbers")
+ALPHA_PATTERN = Option("alpha_pattern", lambda value: maps_to(value, is_number), "a mapping from patterns to numbers")
+
+
+def linear_at(checkpoint: Checkpoint, base: BaseModel, path: str) -> Place:
+    """The linear module at a path.
+
+    Raises:
+        ModuleNotFoundInBaseError: there is no module.
+        ShapeMismatchError: it is an embedding.
+    """
+    place = place_at(checkpoint, base, path)
+    if place.kind != "linear":
+        raise ShapeMismatchError(
+            f"{checkpoint.source}: {path} is an adapter for another kind of module than its {place.kind}."
+        )
+    return place
+
+
+def tensors_at(
+    checkpoint: Checkpoint, path: str, items: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """A module's tensors in fp64, which must be these and no others.
+
+    Args:
+        checkpoint: the checkpoint.
+        path: the module's path.
+        items: the end of the key → tensor.
+        shapes: the end of the key → its shape.
+
+    Raises:
+        CheckpointError: a tensor is missing, or the configuration leaves no use for it.
+        ShapeMismatchError: a tensor has another shape.
+    """
+    missing = [item for item in shapes if item not in items]
+    if missing:
+        raise CheckpointError(f"{checkpoint.source}: {path} has no {missing[0]}; the file is incomplete.")
+    surplus = [item for item in items if item not in shapes]
+    if surplus:
+        raise CheckpointError(
+            f"{checkpoint.source}: {path} has a {surplus[0]}, which its configuration has no use for; "
+            "save the adapter again."
+        )
+    for item, shape in shapes.items():
+        check_shape(checkpoint.source, f"{item} of {path}", items[item], shape)
+    return {item: tensor.to("cpu", torch.float64) for item, tensor in items.items()}
+
+
+def by_pattern(checkpoint: Checkpoint, patterns: str, default: str, path: str) -> Any:
+    """A module's value of an option that patterns may set, as PEFT finds it: the first that matches the path's end.
+
+    Args:
+        checkpoint: the checkpoint.
+        patterns: the option that maps patterns to values.
+        default: the option that holds where none matches.
+        path: the module's path.
+
+    Raises:
+        CheckpointError: a pattern is no regular expression.
+    """
+    values = checkpoint.config.get(patterns) or {}
+    try:
+        return values.get(get_pattern_key(values, path), checkpoint.config[default])
+    except PATTERN_ERRORS as error:
+        raise CheckpointError(
+            f"{checkpoint.source}: a pattern in {patterns} is no regular expression ({error}); save the adapter again."
+        ) from error
+
+
+def factors_of(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a product that has no fewer factors than its smaller side: one of them is the identity.
+
+    Args:
+        delta: (out, in).
+    """
+    rows, columns = delta.shape
+    eye = torch.eye(min(rows, columns), dtype=delta.dtype)
+    return (delta, eye) if rows < columns else (eye, delta)

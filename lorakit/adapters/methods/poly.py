@@ -1,0 +1,69 @@
+"""Poly (Polytropon, and with splits its multi-head routing MHR): a task's mixture of skills, each a LoRA.
+
+y = W x + b + B A x / r (peft.tuners.poly.layer.Linear). For a task, split q's share of the inputs and of the outputs
+has its own weights over the skills, w_q = σ(z_q) / (Σ σ(z_q) + 1e-12) with the router's logits z
+(peft.tuners.poly.router.PolyRouter); A[:, split q] = Σ_s w_qs A_qsᵀ and B[split q, :] = Σ_s w_qs B_qsᵀ. The task is
+an input of PEFT's forward; with one task there is nothing to choose, and the form is fixed.
+
+Sources: Ponti et al. 2022 (arXiv 2202.13914); Caccia et al. 2022, MHR (arXiv 2211.03831).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft import PolyConfig
+from peft.tuners.poly.router import EPS
+
+from lorakit.adapters.base import BaseModel
+from lorakit.adapters.form import AdapterForm, ModuleForm
+from lorakit.adapters.methods.options import Option, check_config, rank
+from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.targets import place_at
+from lorakit.adapters.peft_reader import Checkpoint
+from lorakit.errors import CheckpointError, UnsupportedMethodError
+
+_A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
+_OPTIONS = (
+    rank("r"),
+    rank("n_tasks"),
+    rank("n_skills"),
+    rank("n_splits"),
+    Option("poly_type", lambda value: value == "poly", "'poly'"),
+)
+
+
+def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
+    """Converts a Poly checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
+    check_config(checkpoint, PolyConfig, _OPTIONS, harmless="init_weights")
+    if checkpoint.config["n_tasks"] != 1:
+        raise UnsupportedMethodError(
+            f"{checkpoint.source}: POLY with n_tasks={checkpoint.config['n_tasks']} is not served: each task has its "
+            "own mixture of the skills, so a task id is needed, which an adapter's configuration does not give."
+        )
+    grouped = parts_of(checkpoint, base, "a Poly", (_A, _B, _LOGITS)).modules
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
+    extras = {f"{path}.{item}": tensor for path, items in grouped.items() for item, tensor in items.items()}
+    return AdapterForm("poly", modules, dict(checkpoint.config), extras)
+
+
+def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
+    source, config, place = checkpoint.source, checkpoint.config, place_at(checkpoint, base, path)
+    missing = [item for item in (_A, _B, _LOGITS) if item not in items]
+    if missing:
+        raise CheckpointError(f"{source}: {path} has no {missing[0]}; the file is incomplete.")
+    if place.transposed:
+        raise UnsupportedMethodError(f"{source}: PEFT has no POLY for {path}, which is no nn.Linear.")
+    r, skills, splits = config["r"], config["n_skills"], config["n_splits"]
+    if place.in_features % splits or place.out_features % splits:
+        raise CheckpointError(f"{source}: n_splits={splits} does not divide the inputs and outputs of {path}.")
+    check_shape(source, f"A of {path}", items[_A], (splits, skills, place.in_features // splits, r))
+    check_shape(source, f"B of {path}", items[_B], (splits, skills, r, place.out_features // splits))
+    check_shape(source, f"the router of {path}", items[_LOGITS], (1, splits * skills))
+
+    gates = torch.sigmoid(items[_LOGITS].double()).view(splits, skills)
+    weights = gates / (gates.sum(dim=-1, keepdim=True) + EPS)
+    a = torch.einsum("qs,qsdr->rqd", weights, items[_A].double()).reshape(r, -1)
+    b = torch.einsum("qs,qsrd->qdr", weights, items[_B].double()).reshape(-1, r)
+    return module_form(place, a.float(), b.float(), 1 / r)

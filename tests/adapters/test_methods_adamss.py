@@ -1,0 +1,138 @@
+"""AdaMSS checkpoints → canonical form."""
+
+import sys
+
+import pytest
+import torch
+from peft import AdamssConfig
+from peft.tuners.adamss.layer import Linear
+from peft_folders import edit_config, edit_tensors, key_of, save
+from tenants import check_exact, form_of, tenant_with
+
+from lorakit.errors import CheckpointError, MissingDependencyError, ShapeMismatchError, UnsupportedMethodError
+
+pytest.importorskip("sklearn", reason="PEFT's AdaMSS needs scikit-learn")
+
+
+_OPTIONS = {"r": 12, "num_subspaces": 3, "subspace_rank": 2}
+
+
+@pytest.fixture(autouse=True)
+def _dtype_of_the_weight(monkeypatch):
+    """PEFT's layer keeps the dtype that it was made with; the reference is cast to fp64."""
+
+    def apply(layer, *args, **kwargs):
+        torch.nn.Module._apply(layer, *args, **kwargs)
+        layer.dtype = layer.base_layer.weight.dtype
+        return layer
+
+    monkeypatch.setattr(Linear, "_apply", apply)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", ["q_proj", "k_proj", "down_proj"]),
+        ("llama-tied", "all-linear"),
+        ("opt", ["fc1", "out_proj"]),
+        ("bert", ["query", "dense"]),
+        ("t5", ["q", "wo"]),
+    ],
+    ids=str,
+)
+def test_equals_peft(tmp_path, name, targets):
+    form = check_exact(tenant_with(AdamssConfig(target_modules=targets, **_OPTIONS), name), tmp_path / "tenant", name)
+    assert form.method == "adamss" and form.rank == 6 and form.uses_base_weights
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"r": 100},
+        {"r": 4, "subspace_rank": 4},
+        {"num_subspaces": 1},
+        {"num_subspaces": 20},
+        {"use_dynamic_rank": True, "subspace_rank": 5},
+        {"use_asa": True},
+        {"random_seed": 7},
+        {"init_weights": None},
+    ],
+    ids=str,
+)
+def test_equals_peft_with(tmp_path, option):
+    config = AdamssConfig(target_modules=["q_proj", "down_proj"], **(_OPTIONS | option))
+    check_exact(tenant_with(config), tmp_path / "tenant")
+
+
+def test_more_subspaces_than_outputs(tmp_path):
+    config = AdamssConfig(target_modules=["classifier"], **(_OPTIONS | {"num_subspaces": 9}))
+    form = check_exact(tenant_with(config, "bert"), tmp_path / "tenant", "bert")
+    assert form.rank == 5
+
+
+def _folder(tmp_path, **options):
+    config = AdamssConfig(target_modules=["q_proj"], **(_OPTIONS | options))
+    return save(tenant_with(config), tmp_path / "tenant")
+
+
+@pytest.mark.parametrize("option", [{"modules_to_save": ["lm_head"]}, {"rotates": True}], ids=str)
+def test_an_option_that_is_not_served_is_refused(tmp_path, option):
+    folder = _folder(tmp_path)
+    edit_config(folder, **option)
+    with pytest.raises(UnsupportedMethodError, match=next(iter(option))):
+        form_of(folder)
+
+
+@pytest.mark.parametrize("option", [{"r": 0}, {"num_subspaces": True}, {"random_seed": "x"}], ids=str)
+def test_a_value_that_cannot_be_is_refused(tmp_path, option):
+    folder = _folder(tmp_path)
+    edit_config(folder, **option)
+    with pytest.raises(CheckpointError, match=next(iter(option))):
+        form_of(folder)
+
+
+@pytest.mark.parametrize("seed", [3, ...])
+def test_another_decomposition_is_refused(tmp_path, seed):
+    """A file without the seed is an older PEFT's, which drew without one."""
+    folder = _folder(tmp_path, random_seed=7)
+    edit_config(folder, random_seed=seed)
+    with pytest.raises(CheckpointError, match=r"adamss_newB.*q_proj"):
+        form_of(folder)
+
+
+def test_a_flipped_singular_vector_is_refused(tmp_path):
+    folder = _folder(tmp_path)
+    edit_tensors(folder, lambda tensors: tensors[key_of(tensors, "adamss_newB")][0].neg_())
+    with pytest.raises(CheckpointError, match=r"adamss_newB.*q_proj"):
+        form_of(folder)
+
+
+@pytest.mark.parametrize("item", ["adamss_A.1", "adamss_B.1", "adamss_newB"])
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (0, 12), ()], ids=str)
+def test_another_shape_is_refused(tmp_path, item, shape):
+    folder = _folder(tmp_path)
+    edit_tensors(folder, lambda tensors: tensors.update({key_of(tensors, item): torch.ones(shape)}))
+    with pytest.raises(ShapeMismatchError, match="q_proj"):
+        form_of(folder)
+
+
+@pytest.mark.parametrize("item", ["adamss_A.1", "adamss_B.1", "adamss_newB"])
+def test_a_missing_tensor_is_named(tmp_path, item):
+    folder = _folder(tmp_path)
+    edit_tensors(folder, lambda tensors: tensors.pop(key_of(tensors, item)))
+    with pytest.raises(CheckpointError, match=f"q_proj lacks {item}"):
+        form_of(folder)
+
+
+def test_a_subspace_too_many_is_named(tmp_path):
+    folder = _folder(tmp_path)
+    edit_config(folder, num_subspaces=2)
+    with pytest.raises(CheckpointError, match=r"q_proj should not have adamss_A\.2"):
+        form_of(folder)
+
+
+def test_without_scikit_learn_it_is_named(tmp_path, monkeypatch):
+    folder = _folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingDependencyError, match="scikit-learn"):
+        form_of(folder)

@@ -1,0 +1,94 @@
+"""PEANuT checkpoints → canonical form."""
+
+import pytest
+import torch
+from peft import PeanutConfig
+from peft_folders import edit_config, edit_tensors, key_of, save
+from tenants import check_exact, form_of, tenant_with
+
+from lorakit.errors import CheckpointError, ShapeMismatchError, UnsupportedMethodError
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", ["q_proj", "k_proj", "down_proj"]),
+        ("llama-tied", "all-linear"),
+        ("opt", ["fc1", "out_proj"]),
+        ("bert", ["query", "dense"]),
+        ("t5", ["q", "wo"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("depth", [0, 2])
+def test_equals_peft(tmp_path, name, targets, depth):
+    config = PeanutConfig(r=6, target_modules=targets, depth=depth)
+    form = check_exact(tenant_with(config, name), tmp_path / "tenant", name)
+    assert form.method == "peanut" and form.rank == 6 and form.uses_base_weights
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"scaling": 0.3},
+        {"depth": 1},
+        {"depth": 12},
+        *({"act_fn": name, "depth": 1} for name in ("gelu", "silu", "tanh")),
+    ],
+    ids=str,
+)
+def test_equals_peft_with(tmp_path, option):
+    config = PeanutConfig(r=6, target_modules=["q_proj", "down_proj"], **option)
+    check_exact(tenant_with(config), tmp_path / "tenant")
+
+
+def _folder(tmp_path):
+    return save(tenant_with(PeanutConfig(r=6, depth=1, target_modules=["q_proj"])), tmp_path / "tenant")
+
+
+@pytest.mark.parametrize(
+    "option", [{"modules_to_save": ["lm_head"]}, {"rotates": True}, {"act_fn": "prelu"}, {"act_fn": "xielu"}], ids=str
+)
+def test_an_option_that_is_not_served_is_refused(tmp_path, option):
+    folder = _folder(tmp_path)
+    edit_config(folder, **option)
+    with pytest.raises(UnsupportedMethodError, match=next(iter(option))):
+        form_of(folder)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"r": None}, {"depth": -1}, {"depth": 1 << 30}, {"scaling": 10**400}, {"act_fn": "sin"}, {"act_fn": []}],
+    ids=str,
+)
+def test_a_value_that_cannot_be_is_refused(tmp_path, option):
+    folder = _folder(tmp_path)
+    edit_config(folder, **option)
+    with pytest.raises(CheckpointError, match=next(iter(option))):
+        form_of(folder)
+
+
+_ITEMS = ["peanut_A.weight", "peanut_B.weight", "peanut_encoders.0.weight", "peanut_decoders.0.weight"]
+
+
+@pytest.mark.parametrize("item", _ITEMS)
+def test_another_shape_is_refused(tmp_path, item):
+    folder = _folder(tmp_path)
+    edit_tensors(folder, lambda tensors: tensors.update({key_of(tensors, item): torch.ones(7)}))
+    with pytest.raises(ShapeMismatchError, match=f"{item}.*q_proj"):
+        form_of(folder)
+
+
+@pytest.mark.parametrize("item", _ITEMS)
+def test_a_missing_tensor_is_named(tmp_path, item):
+    folder = _folder(tmp_path)
+    edit_tensors(folder, lambda tensors: tensors.pop(key_of(tensors, item)))
+    with pytest.raises(CheckpointError, match=f"q_proj.*{item}"):
+        form_of(folder)
+
+
+def test_a_layer_too_many_is_named(tmp_path):
+    folder = _folder(tmp_path)
+    edit_config(folder, depth=0)
+    with pytest.raises(CheckpointError, match="peanut_decoders"):
+        form_of(folder)

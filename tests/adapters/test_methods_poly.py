@@ -1,0 +1,136 @@
+"""Poly checkpoints → canonical form."""
+
+import copy
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from peft import PeftModel, PolyConfig
+from peft_folders import base_of, edit_config, edit_tensors, key_of, relative, save
+from safetensors.torch import load_file
+from tenants import WEIGHTS, form_of, tenant_with
+
+from lorakit import MultiLoraModel
+from lorakit.adapters.methods import restore
+from lorakit.errors import CheckpointError, ShapeMismatchError, UnsupportedMethodError
+
+
+def config_of(**options):
+    return PolyConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"n_skills": 1}),
+        ("llama", {"n_skills": 3, "n_splits": 4, "r": 5}),
+        ("llama", {"n_splits": 2, "target_modules": ["k_proj", "up_proj", "down_proj"]}),
+        ("llama", {"init_weights": False}),
+        ("bert", {"target_modules": ["query", "value"], "n_splits": 2}),
+        ("t5", {"target_modules": ["q", "wo"]}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_equals_peft(tmp_path, name, options):
+    folder = save(tenant_with(config_of(**options), name, spread=0.5), tmp_path / "tenant")
+    reference = PeftModel.from_pretrained(copy.deepcopy(base_of(name)), folder).eval().double()
+    inputs = ARCHITECTURES[name].inputs(2)
+    # PeftModel itself passes the task on for some task types only.
+    expected = reference.base_model(**inputs, task_ids=torch.tensor([0, 0])).logits
+    plain = base_of(name)(**inputs).logits
+    assert relative(plain, expected) > 1e-3
+    model = MultiLoraModel(copy.deepcopy(base_of(name)))
+    model.load_adapter("tenant", folder)
+    mixed = model(**inputs, adapter_ids=["tenant", None]).logits
+    assert relative(mixed[0], expected[0]) <= 2e-5
+    assert relative(mixed[1], plain[1]) <= 1e-6
+    assert relative(model(**inputs, adapter_ids="tenant").logits, expected) <= 2e-5
+    form = form_of(folder, name)
+    assert form.method == "poly" and form.rank == options.get("r", 4) and not form.uses_base_weights
+    stored, given = load_file(folder / WEIGHTS), restore(form)
+    assert given.keys() == stored.keys()
+    assert all(torch.equal(given[key], stored[key]) for key in stored)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save(tenant_with(config_of()), tmp_path / "tenant")
+
+
+def test_several_tasks_are_refused(tmp_path):
+    folder = save(tenant_with(config_of(n_tasks=3)), tmp_path / "tenant")
+    with pytest.raises(UnsupportedMethodError, match="n_tasks=3 is not served: .* a task id is needed"):
+        form_of(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 0},
+        {"r": "4"},
+        {"r": None},
+        {"n_tasks": 0},
+        {"n_tasks": True},
+        {"n_tasks": ...},
+        {"n_skills": 10**30},
+        {"n_skills": 2.0},
+        {"n_splits": []},
+        {"n_splits": 5},
+        {"poly_type": "mhr"},
+        {"poly_type": ["poly"]},
+        {"target_modules": 3},
+    ],
+    ids=str,
+)
+def test_bad_values_in_the_configuration(folder, changes):
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=rf"tenant: .*{next(iter(changes))}"):
+        form_of(folder)
+
+
+@pytest.mark.parametrize("changes", [{"modules_to_save": ["lm_head"]}, {"routes": True}], ids=str)
+def test_options_that_are_not_served(folder, changes):
+    edit_config(folder, **changes)
+    with pytest.raises(UnsupportedMethodError, match=next(iter(changes))):
+        form_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("item", "name"),
+    [("poly_lora_A", "A"), ("poly_lora_B", "B"), ("poly_router.module_logits", "the router")],
+)
+def test_tensors_that_are_missing_or_of_another_shape(folder, item, name):
+    def cut(tensors):
+        key = key_of(tensors, "0.mlp.down_proj", item)
+        tensors[key] = tensors[key][..., :-1]
+
+    edit_tensors(folder, cut)
+    with pytest.raises(ShapeMismatchError, match=rf"tenant: {name} of model.layers.0.mlp.down_proj has shape"):
+        form_of(folder)
+    edit_tensors(folder, lambda tensors: tensors.pop(key_of(tensors, "0.mlp.down_proj", item)))
+    with pytest.raises(CheckpointError, match=rf"model.layers.0.mlp.down_proj has no {item}"):
+        form_of(folder)
+
+
+@pytest.mark.parametrize("changes", [{"r": 5}, {"n_skills": 3}, {"n_splits": 2}], ids=str)
+def test_a_configuration_of_other_sizes(folder, changes):
+    edit_config(folder, **changes)
+    with pytest.raises(ShapeMismatchError, match="tenant: A of"):
+        form_of(folder)
+
+
+def test_a_conv1d_is_refused_as_by_peft(folder):
+    edit_config(folder, target_modules=["c_attn"])
+
+    def move(tensors):
+        for key in list(tensors):
+            tensor = tensors.pop(key)
+            if "q_proj" in key:
+                moved = key.replace("model.model.layers", "model.transformer.h")
+                tensors[moved.replace("self_attn.q_proj", "attn.c_attn")] = tensor
+
+    edit_tensors(folder, move)
+    with pytest.raises(UnsupportedMethodError, match="no POLY for .*c_attn, which is no nn.Linear"):
+        form_of(folder, "gpt2")

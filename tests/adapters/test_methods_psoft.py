@@ -1,0 +1,117 @@
+"""PSOFT checkpoints → canonical form."""
+
+import pytest
+import torch
+from peft import PsoftConfig
+from peft_folders import edit_config, edit_tensors, key_of, save
+from tenants import check_exact, form_of, tenant_with
+
+from lorakit.errors import CheckpointError, ShapeMismatchError, UnsupportedMethodError
+
+_OPTIONS = {"r": 6, "psoft_alpha": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", ["q_proj", "k_proj", "down_proj"]),
+        ("llama-tied", "all-linear"),
+        ("opt", ["fc1", "out_proj"]),
+        ("bert", ["query", "dense"]),
+        ("t5", ["q", "wo"]),
+    ],
+    ids=str,
+)
+def test_equals_peft(tmp_path, name, targets):
+    form = check_exact(tenant_with(PsoftConfig(target_modules=targets, **_OPTIONS), name), tmp_path / "tenant", name)
+    assert form.method == "psoft" and form.rank == 6 and form.uses_base_weights
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"r": 1},
+        {"psoft_orth": False},
+        {"psoft_mag_a": False},
+        {"psoft_mag_b": False},
+        {"psoft_mag_a": False, "psoft_mag_b": False},
+        {"ab_svd_init": "pissa_init"},
+        {"psoft_svd": "lowrank"},
+        {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 1, "random_seed": 7},
+        {"use_cayley_neumann": True},
+        {"use_cayley_neumann": True, "num_cayley_neumann_terms": 1},
+        {"use_cayley_neumann": True, "num_cayley_neumann_terms": 2},
+        {"use_cayley_neumann": True, "num_cayley_neumann_terms": 9, "cayley_neumann_eps": 0.5},
+    ],
+    ids=str,
+)
+def test_equals_peft_with(tmp_path, option):
+    config = PsoftConfig(target_modules=["q_proj", "down_proj"], **(_OPTIONS | option))
+    form = check_exact(tenant_with(config), tmp_path / "tenant")
+    assert form.rank == config.r
+
+
+def _folder(tmp_path, **options):
+    config = PsoftConfig(target_modules=["q_proj"], **_OPTIONS, **options)
+    return save(tenant_with(config), tmp_path / "tenant")
+
+
+@pytest.mark.parametrize("option", [{"modules_to_save": ["lm_head"]}, {"rotates": True}], ids=str)
+def test_an_option_that_is_not_served_is_refused(tmp_path, option):
+    folder = _folder(tmp_path)
+    edit_config(folder, **option)
+    with pytest.raises(UnsupportedMethodError, match=next(iter(option))):
+        form_of(folder)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"r": 0},
+        {"psoft_alpha": 0},
+        {"psoft_alpha": float("nan")},
+        {"psoft_orth": None},
+        {"psoft_svd": "random"},
+        {"ab_svd_init": []},
+        {"num_cayley_neumann_terms": 1 << 30},
+        {"psoft_svd_lowrank_niter": 1 << 30},
+        {"random_seed": 1 << 80},
+        {"cayley_neumann_eps": "small"},
+        {"cayley_neumann_eps": 2.0, "use_cayley_neumann": True},
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_is_refused(tmp_path, option):
+    folder = _folder(tmp_path)
+    edit_config(folder, **option)
+    with pytest.raises(CheckpointError, match=next(iter(option))):
+        form_of(folder)
+
+
+def test_a_random_projection_without_its_seed_is_refused(tmp_path):
+    folder = _folder(tmp_path, psoft_svd="lowrank")
+    edit_config(folder, random_seed=...)
+    with pytest.raises(CheckpointError, match="random_seed"):
+        form_of(folder)
+
+
+def test_a_rank_above_the_weights_is_refused(tmp_path):
+    folder = _folder(tmp_path)
+    edit_config(folder, r=1 << 30)
+    with pytest.raises(ShapeMismatchError, match="q_proj"):
+        form_of(folder)
+
+
+def test_another_shape_is_refused(tmp_path):
+    folder = _folder(tmp_path)
+    edit_tensors(folder, lambda tensors: tensors.update({key_of(tensors, "psoft_R.weight"): torch.ones(6, 6)}))
+    with pytest.raises(ShapeMismatchError, match="q_proj"):
+        form_of(folder)
+
+
+@pytest.mark.parametrize("item", ["weight", "vector_a", "vector_b"])
+def test_a_missing_tensor_is_named(tmp_path, item):
+    folder = _folder(tmp_path)
+    edit_tensors(folder, lambda tensors: tensors.pop(key_of(tensors, f"psoft_R.{item}")))
+    with pytest.raises(CheckpointError, match=rf"q_proj.*{item}"):
+        form_of(folder)
