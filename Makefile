@@ -56,7 +56,7 @@ test: $(STAMPS)/dev  ## run the tests
 compatibility: $(STAMPS)/dev  ## measure which methods are exact, and write docs/guides/compatibility.md
 	rm -rf build/compatibility
 	LORAKIT_COMPATIBILITY=build/compatibility OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) \
-	  tests/adapters -k methods tests/runtime/test_fidelity.py
+	  tests/adapters/test_methods_*.py tests/runtime/test_fidelity.py
 	$(PY) tests/compatibility.py build/compatibility docs/guides/compatibility.md
 
 .PHONY: style

@@ -114,7 +114,7 @@ def merge(
     ],
     combination: Annotated[
         str, typer.Option("--combination", "-c", help="How they are summed: linear, cat, svd, ties, …")
-    ] = "linear",
+    ] = "cat",
     rank: Annotated[int | None, typer.Option(help="The rank of a sum by singular values (svd, …_svd).")] = None,
     density: Annotated[float | None, typer.Option(help="The share of values that pruning keeps.")] = None,
     majority_sign_method: Annotated[str, typer.Option(help="How ties elects a sign: total or frequency.")] = "total",

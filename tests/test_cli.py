@@ -151,7 +151,7 @@ def test_merge(lorakit_, place):
     shutil.copytree("sql", place / "tax")
     assert lorakit_("export", "bank", "tax", "--add").code == 0
     outcome = lorakit_("merge", "bank", "mix", "sql=0.7", "tax=-0.3")
-    assert outcome.code == 0 and "4 adapters of" in outcome.out and "0.7*sql + -0.3*tax (linear)" in outcome.out
+    assert outcome.code == 0 and "4 adapters of" in outcome.out and "0.7*sql + -0.3*tax (cat)" in outcome.out
     outcome = lorakit_(
         *("merge", "bank", "mix", "sql=1", "tax=1", "-c", "ties_svd", "--density", 0.5, "--rank", 3, "--overwrite"),
         *("--majority-sign-method", "frequency", "--seed", 3, "--dtype", "bfloat16"),

@@ -422,7 +422,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         name: str,
         weights: Mapping[str, float],
         *,
-        combination: str = "linear",
+        combination: str = "cat",
         rank: int | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",

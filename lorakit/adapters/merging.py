@@ -71,7 +71,7 @@ class Recipe:
     """
 
     weights: Mapping[str, float]
-    combination: str = "linear"
+    combination: str = "cat"
     rank: int | None = None
     density: float | None = None
     majority_sign_method: str = "total"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lorakit.adapters.dtypes import WEIGHT_DTYPES
 from lorakit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,6 +35,12 @@ SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
+# What PEFT keeps once for all modules. Anything else outside the prefix is no checkpoint of PEFT's.
+_SHARED = re.compile(r"base_model\.(p?vera_[AB]|vblora_vector_bank|unilora_theta_d|tinylora_v\.[0-9]+)")
+_INDICES = ("_topk_indices", ".unilora_indices_A", ".unilora_indices_B")
+"""Ends of the keys whose tensors are whole numbers."""
+_WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -41,7 +49,8 @@ class Checkpoint:
     Attributes:
         source: where it came from, for messages and for the bank's record.
         config: adapter_config.json.
-        tensors: PEFT key without the leading "base_model.model." → tensor.
+        tensors: PEFT key without the leading "base_model.model." → tensor; the key is whole where the tensor belongs
+            to no module ("base_model.vera_A").
     """
 
     source: str
@@ -75,6 +84,11 @@ def read_checkpoint(source: Source) -> Checkpoint:
         raise CheckpointError(
             f"{source} cannot be read: {_reason(error)}. Check the path and its permissions."
         ) from error
+
+
+def full_key(key: str) -> str:
+    """The key of one of a checkpoint's tensors in PEFT's file."""
+    return key if _SHARED.fullmatch(key) else PREFIX + key
 
 
 def default_name(source: Source) -> str:
@@ -132,14 +146,14 @@ def _read_folder(folder: Path, source: str) -> Checkpoint:
     tensors = _read_tensors(folder, source)
     if not tensors:
         raise CheckpointError(f"{source}: the checkpoint holds no tensor.")
-    strangers = [key for key in tensors if not key.startswith(PREFIX)]
+    strangers = [key for key in tensors if not key.startswith(PREFIX) and not _SHARED.fullmatch(key)]
     if strangers:
         raise CheckpointError(
             f"{source}: {len(strangers)} keys do not begin with {PREFIX!r}, for example {strangers[0]!r}: "
             "this is not a checkpoint as PEFT's save_pretrained writes it."
         )
     for key, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if tensor.dtype not in (_WHOLE if key.endswith(_INDICES) else WEIGHT_DTYPES):
             raise CheckpointError(
                 f"{source}: {key} is {str(tensor.dtype).removeprefix('torch.')}; "
                 "save the adapter as float32, bfloat16 or float16."

@@ -175,7 +175,7 @@ def test_one_adapter_is_multiplied(
 
 def test_factors_of_linear_are_those_of_peft(folders: Path, bank: AdapterBank) -> None:
     reference = of_peft(folders, WEIGHTS, combination_type="linear")
-    bank.merge("mix", WEIGHTS)
+    bank.merge("mix", WEIGHTS, combination="linear")
     path = "model.layers.0.self_attn.q_proj"
     module = reference.get_submodule(f"base_model.model.{path}")
     form = bank.form("mix").modules[path]
@@ -255,7 +255,7 @@ def test_biases_add_up(tmp_path: Path) -> None:
         0.5 * forms["a"]["model.layers.0.self_attn.q_proj"].d,
     )
     with pytest.raises(UnsupportedMethodError, match=r"'a' has a bias .* model.layers.0.self_attn.q_proj.*'cat'"):
-        bank.merge("x", weights)
+        bank.merge("x", weights, combination="linear")
     with pytest.raises(UnsupportedMethodError, match=r"'a' has a bias .*'tokens' is on the embedding .*leave one"):
         bank.merge("x", {"a": 1, "tokens": 1}, combination="cat")
 
@@ -288,7 +288,7 @@ def test_factors_of_other_methods(tmp_path: Path) -> None:
     with pytest.raises(
         UnsupportedMethodError, match=r"'b' is of the method 'loha', whose .*q_proj.*use 'cat' or 'svd'"
     ):
-        bank.merge("mix", {"a": 1, "b": 1})
+        bank.merge("mix", {"a": 1, "b": 1}, combination="linear")
     assert tree(tmp_path / "bank") == before
     path = "model.layers.0.self_attn.q_proj"
     for combination, rank in (("cat", None), ("svd", 8)):
@@ -304,7 +304,7 @@ def test_overwrite(tmp_path: Path) -> None:
     first = bank.form("a").modules["model.layers.0.self_attn.q_proj"]
     bank.merge("a", {"a": 2}, overwrite=True)
     assert relative(product(bank.form("a").modules["model.layers.0.self_attn.q_proj"]), 2 * product(first)) < 1e-6
-    assert bank.names == ["a", "b"] and bank["a"].source == "2*a (linear)"
+    assert bank.names == ["a", "b"] and bank["a"].source == "2*a (cat)"
 
 
 # What is refused
@@ -330,8 +330,8 @@ def test_overwrite(tmp_path: Path) -> None:
             ({"combination": "ties", "density": density}, ConfigError, f"density is {density!r}; give a number above 0")
             for density in (0, -0.1, 1.01, math.nan, "0.5", True)
         ),
-        ({"density": 0.5}, ConfigError, "'linear' prunes nothing; leave density out"),
-        ({"rank": 4}, ConfigError, "'linear' finds its rank itself; leave rank out"),
+        ({"density": 0.5}, ConfigError, "'cat' prunes nothing; leave density out"),
+        ({"rank": 4}, ConfigError, "'cat' finds its rank itself; leave rank out"),
         ({"combination": "svd", "rank": 0}, ConfigError, "rank is 0; give a whole number"),
         ({"combination": "svd", "rank": 2.0}, ConfigError, "rank is 2.0; give a whole number"),
         ({"majority_sign_method": "all"}, ConfigError, "majority_sign_method is 'all'; use one of total, freq"),
@@ -339,7 +339,11 @@ def test_overwrite(tmp_path: Path) -> None:
         ({"dtype": torch.float64}, ConfigError, "dtype is torch.float64; use"),
         ({"weights": {"a": 1}, "combination": "ties", "density": 0.5}, ConfigError, "'a' is alone.*give more"),
         ({"weights": {"a": 1}, "combination": "svd", "rank": 2}, ConfigError, "'a' is alone.*leave combination"),
-        ({"weights": {"a": 1, "wide": 1}}, ConfigError, "has rank 8 in adapter 'wide' and 4 in 'a'.*'cat' or 'svd'"),
+        (
+            {"weights": {"a": 1, "wide": 1}, "combination": "linear"},
+            ConfigError,
+            "has rank 8 in adapter 'wide' and 4 in 'a'.*'cat' or 'svd'",
+        ),
         ({"weights": {"a": 1, "dora": 1}}, UnsupportedMethodError, "'dora' scales the channels of .*leave it out"),
         ({"weights": {"a": 1, "ia3": 1}}, UnsupportedMethodError, "'ia3' scales the channels of m, .*leave it out"),
         ({"weights": {"ia3": 1}}, UnsupportedMethodError, "'ia3' scales the channels of m, .*leave it out"),

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, METHODS
+from compatibility import refused
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -213,8 +214,9 @@ def test_every_peft_type_is_served_or_refused(folder, peft_type):
         with pytest.raises(LorakitError, match="tenant: "):
             form_of(folder)
     else:
-        with pytest.raises(UnsupportedMethodError, match=f"{peft_type} is not served: "):
+        with pytest.raises(UnsupportedMethodError, match=f"{peft_type} is not served: ") as caught:
             form_of(folder)
+        refused(peft_type, str(caught.value).split("is not served: ")[1])
 
 
 @pytest.mark.parametrize(

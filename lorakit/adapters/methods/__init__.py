@@ -3,7 +3,7 @@
 A family's module is found by the checkpoint's PEFT type, and offers
 
     convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm
-    restore(form: AdapterForm) -> dict[str, torch.Tensor]      # PEFT keys without "base_model.model."
+    restore(form: AdapterForm) -> dict[str, torch.Tensor]      # keys as in a Checkpoint
 
 `restore` may be left out where the form keeps the checkpoint's tensors as its extras. To add a family here, write its
 file and name it in `FAMILIES`. A package of your own adds one by an entry point of the group "lorakit.methods", named
@@ -38,8 +38,13 @@ from lorakit.adapters.methods import (
     peanut,
     poly,
     psoft,
+    pvera,
+    tinylora,
+    unilora,
+    vblora,
+    vera,
 )
-from lorakit.adapters.peft_reader import PREFIX, Checkpoint
+from lorakit.adapters.peft_reader import Checkpoint, full_key
 from lorakit.errors import UnsupportedMethodError
 
 FAMILIES: Mapping[str, Any] = {
@@ -59,17 +64,26 @@ FAMILIES: Mapping[str, Any] = {
     "PEANUT": peanut,
     "POLY": poly,
     "PSOFT": psoft,
+    "PVERA": pvera,
+    "TINYLORA": tinylora,
+    "UNILORA": unilora,
+    "VBLORA": vblora,
+    "VERA": vera,
 }
 """PEFT type → the module of its family."""
 
 _PROMPTS = "it adds virtual tokens or a side network, and changes no module's weights"
 _ROUTERS = "its router decides anew for every token, so it has no fixed form"
+_FULL_RANK = "its change of a weight has full rank, or nearly, so it has no exact low-rank form"
+_WHOLE = "it replaces whole tensors of the base, which all tenants share"
 _REFUSED = {
     **dict.fromkeys(
         ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"], _PROMPTS
     ),
     **dict.fromkeys(["ADAPTION_PROMPT", "SHADOW"], _PROMPTS),
     **dict.fromkeys(["XLORA", "LILY"], _ROUTERS),
+    **dict.fromkeys("RANDLORA FOURIERFT WAVEFT C3A HIRA FROD SHIRA SUPERTUNING OFT BOFT ROAD OSF".split(), _FULL_RANK),
+    **dict.fromkeys(["LN_TUNING", "TRAINABLE_TOKENS"], _WHOLE),
 }
 
 
@@ -92,7 +106,7 @@ def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
     """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported."""
     family = _family(str(form.config["peft_type"]).upper())
     tensors = family.restore(form) if hasattr(family, "restore") else form.extras
-    return {PREFIX + key: tensor for key, tensor in tensors.items()}
+    return {full_key(key): tensor for key, tensor in tensors.items()}
 
 
 @cache

@@ -40,7 +40,8 @@ def parts_of(
         checkpoint: the checkpoint.
         base: the base model.
         what: the method's name for messages, with its article ("a LoRA").
-        items: what a module's keys can end with, without the dot before it.
+        items: what a module's keys can end with, without the dot before it; none for a method that keeps nothing
+            of a module's own.
         shared: whole keys of what belongs to no module.
 
     Raises:
@@ -60,10 +61,11 @@ def parts_of(
                 f"{checkpoint.source}: the key {key!r} is not part of {what} checkpoint, "
                 "and is no copy of the base's weight either."
             )
-    if not modules:
+    if items and not modules:
         named = " and ".join(item.removesuffix(".weight") for item in list(items)[:2])
         raise CheckpointError(f"{checkpoint.source}: the checkpoint holds no {named}; save the adapter again.")
-    check_modules(checkpoint, base, modules)
+    if items:
+        check_modules(checkpoint, base, modules)
     return Parts(dict(modules), common)
 
 

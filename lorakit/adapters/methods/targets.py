@@ -51,14 +51,14 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
     """
     for path in paths:
         place_at(checkpoint, base, path)
-    targeted = _targeted(checkpoint, base)
-    missing = [path for path in base.places if path in targeted and path not in paths]
+    wanted = targeted(checkpoint, base)
+    missing = [path for path in base.places if path in wanted and path not in paths]
     if missing:
         raise CheckpointError(
             f"{checkpoint.source}: the weights lack {len(missing)} of the modules that target_modules names, "
             f"for example {missing[0]!r}; the file is incomplete, or was trained on another base."
         )
-    surplus = [path for path in paths if path not in targeted]
+    surplus = [path for path in paths if path not in wanted]
     if surplus:
         raise CheckpointError(
             f"{checkpoint.source}: there are weights for {len(surplus)} modules, for example {surplus[0]!r}, that "
@@ -66,7 +66,7 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
         )
 
 
-def _targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
+def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The places that PEFT would adapt."""
     config = checkpoint.config
     if isinstance(config["target_modules"], str) and config["target_modules"].lower() == "all-linear":
