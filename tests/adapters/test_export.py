@@ -447,7 +447,7 @@ def poison(folder):
         (lambda folder: shutil.rmtree(folder), CheckpointError, "code' is neither a folder"),
         (lambda folder: os.truncate(folder / WEIGHTS, 100), CheckpointError, "code: .*truncated"),
         (lambda folder: (folder / CONFIG).write_text("{"), CheckpointError, "code: .*JSON"),
-        (lambda folder: edit_config(folder, peft_type="IA3"), UnsupportedMethodError, "code: PEFT's IA3"),
+        (lambda folder: edit_config(folder, peft_type="OFT"), UnsupportedMethodError, "code: PEFT's OFT"),
         (lambda folder: edit_config(folder, r=5), ShapeMismatchError, "code: LoRA A"),
     ],
 )

@@ -1,11 +1,14 @@
 """IA³ checkpoints → canonical form."""
 
 import pytest
-from peft import IA3Config
+import transformers
+from peft import IA3Config, get_peft_model
 from peft_folders import edit_config, save
 from tenants import check_exact, form_of, tenant_with
 
-from lorakit.errors import UnsupportedMethodError
+from lorakit.adapters.base import BaseModel
+from lorakit.adapters.convert import convert
+from lorakit.errors import CheckpointError, UnsupportedMethodError
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,30 @@ def test_a_feedforward_input_without_a_gate_is_refused(tmp_path):
     folder = save(tenant_with(config, "gpt2"), tmp_path / "tenant")
     with pytest.raises(UnsupportedMethodError, match=r"mlp\.c_proj.*gated MLP"):
         form_of(folder, "gpt2")
+
+
+def test_a_gated_mlp_that_does_more_between_its_products_is_refused(tmp_path):
+    """BitNet normalises there: a scale of the input is not one of the output before."""
+    config = transformers.BitNetConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    base = transformers.BitNetForCausalLM(config)
+    tenant = get_peft_model(base, IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]))
+    with pytest.raises(UnsupportedMethodError, match="plain gated MLP"):
+        convert("tenant", save(tenant, tmp_path / "tenant"), BaseModel.of(base))
+
+
+@pytest.mark.parametrize("value", [None, "(", "a{99999999999}", 3, [1]], ids=str)
+def test_feedforward_modules_that_cannot_be_are_refused(tmp_path, value):
+    folder = save(tenant_with(IA3Config(target_modules=["k_proj"], feedforward_modules=[])), tmp_path / "tenant")
+    edit_config(folder, feedforward_modules=value)
+    with pytest.raises(CheckpointError, match="feedforward_modules"):
+        form_of(folder)
 
 
 def test_an_unknown_option_is_refused(tmp_path):

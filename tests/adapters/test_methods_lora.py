@@ -185,6 +185,7 @@ def test_no_field_is_called_harmless_that_this_list_does_not_name():
         ({"init_lora_weights": "of_tomorrow"}, "init_lora_weights='of_tomorrow'.*upgrade lorakit"),
         ({"a_new_option": True}, r"options that this lorakit does not know \(a_new_option\).*upgrade lorakit"),
         ({"a_new_option": {"x": 0}, "b": 2}, r"\(a_new_option, b\)"),
+        ({"arrow_config": {}}, "arrow_config is not served: its router"),
         ({"peft_type": "RANDLORA"}, "RANDLORA is not served"),
         ({"peft_type": "XLORA"}, "XLORA is not served: its router"),
         ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING is not served: it adds virtual tokens"),

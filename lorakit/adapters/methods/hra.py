@@ -15,7 +15,7 @@ from peft import HRAConfig
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods.linears import linear_at
-from lorakit.adapters.methods.options import check_config, flag, rank
+from lorakit.adapters.methods.options import check_config, check_size, flag, rank
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import CheckpointError
@@ -38,6 +38,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
             t = 2 * torch.eye(u.shape[1], dtype=u.dtype)
         else:
             u = columns.double() / torch.linalg.vector_norm(columns.double(), dim=0)
+            check_size(checkpoint, "r", u.shape[1] ** 2)
             t = _compact(u)
         weight = base.weight(path).to("cpu", torch.float32)
         modules[path] = module_form(place, u.T.float(), -(weight @ (u @ t).float()))

@@ -64,7 +64,7 @@ def check_options(checkpoint: Checkpoint) -> None:
         UnsupportedMethodError: an option that changes what the adapter computes.
         CheckpointError: a value that cannot be.
     """
-    refuse_set(checkpoint, _REFUSED)
+    refuse_set(checkpoint, _REFUSED, empty=["arrow_config"])
     _check_init(checkpoint)
     _check_variants(checkpoint)
     refuse_bias(checkpoint)

@@ -22,6 +22,9 @@ COMMON = frozenset(
 )
 """Options of every method that say where an adapter sits, or nothing about what it computes."""
 
+MOST_ELEMENTS = 1 << 30
+"""No tensor that a conversion makes from options alone is larger."""
+
 WHOLE_TENSORS = {
     "modules_to_save": "whole saved modules are not part of a low-rank form",
     "trainable_token_indices": "replaced embedding rows are not part of a low-rank form",
@@ -139,10 +142,11 @@ def check_config(
     check_by_peft(checkpoint, kind)
 
 
-def refuse_set(checkpoint: Checkpoint, refused: Mapping[str, str]) -> None:
-    """Refuses options that are set: name → why."""
+def refuse_set(checkpoint: Checkpoint, refused: Mapping[str, str], empty: Collection[str] = ()) -> None:
+    """Refuses options that are set: name → why. Those of `empty` are set as {} too: PEFT then takes defaults."""
     for option, reason in refused.items():
-        if checkpoint.config.get(option):
+        value = checkpoint.config.get(option)
+        if value or (option in empty and value is not None):
             raise UnsupportedMethodError(f"{checkpoint.source}: {option} is not served: {reason}.")
 
 
@@ -187,6 +191,24 @@ def check_by_peft(checkpoint: Checkpoint, kind: type[PeftConfig]) -> None:
         raise CheckpointError(
             f"{checkpoint.source}: PEFT does not take this adapter_config.json: {error}. Save the adapter again."
         ) from error
+
+
+def check_size(checkpoint: Checkpoint, option: str, elements: int) -> None:
+    """Refuses an option that asks for more memory than any adapter takes, where no tensor of the file bounds it.
+
+    Args:
+        checkpoint: the checkpoint.
+        option: the option at fault.
+        elements: of the tensors that it asks for.
+
+    Raises:
+        CheckpointError: naming the option.
+    """
+    if elements > MOST_ELEMENTS:
+        raise CheckpointError(
+            f"{checkpoint.source}: {option}={shown(checkpoint.config.get(option))} asks for {elements:,} numbers, more "
+            f"than the {MOST_ELEMENTS:,} that an adapter may; save the adapter again."
+        )
 
 
 def shown(value: object) -> str:

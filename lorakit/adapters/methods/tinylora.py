@@ -19,7 +19,7 @@ from peft import TinyLoraConfig
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods import seeded
-from lorakit.adapters.methods.options import check_config, flag, number, rank
+from lorakit.adapters.methods.options import check_config, check_size, flag, number, rank
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
 from lorakit.adapters.methods.targets import place_at
 from lorakit.adapters.peft_reader import Checkpoint
@@ -94,6 +94,7 @@ def _module(
     if saved:
         p = items[_P]
     else:
+        check_size(checkpoint, "u", u * r * r)
         generator = torch.Generator().manual_seed(config["projection_seed"] + index)
         p = torch.normal(mean=0.0, std=1.0 / (r**0.5), size=shapes[_P], generator=generator)
         p = seeded.rounded(checkpoint, base, path, p)

@@ -19,7 +19,7 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import seeded
 from lorakit.adapters.methods.linears import linear_at
-from lorakit.adapters.methods.options import check_config, flag, rank
+from lorakit.adapters.methods.options import check_config, check_size, flag, rank
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
 from lorakit.adapters.methods.targets import targeted
 from lorakit.adapters.peft_reader import Checkpoint
@@ -72,6 +72,7 @@ def _places(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str]) -> 
         # No tensor bounds r where the indices are drawn again: a wrong one would take all memory.
         if r > max(place.in_features, place.out_features):
             raise CheckpointError(f"{checkpoint.source}: r is {r}, more than {path} is wide; save the adapter again.")
+    check_size(checkpoint, "r", sum(r * (place.in_features + place.out_features) for place in places.values()))
     return places
 
 

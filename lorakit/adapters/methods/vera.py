@@ -22,7 +22,7 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods import seeded
 from lorakit.adapters.methods.linears import linear_at
-from lorakit.adapters.methods.options import WHOLE_TENSORS, check_config, flag, rank
+from lorakit.adapters.methods.options import WHOLE_TENSORS, check_config, check_size, flag, rank
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
@@ -122,6 +122,7 @@ def _drawn(
     kind: Kind, checkpoint: Checkpoint, base: BaseModel, places: Mapping[str, Place], widths: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A_s and B_s as PEFT draws them: both from one generator, A_s first."""
+    check_size(checkpoint, "r", kind.rows(checkpoint) * widths[0] + widths[1] * checkpoint.config["r"])
     generator = torch.Generator().manual_seed(checkpoint.config["projection_prng_key"])
     a = kaiming_uniform_(torch.empty(kind.rows(checkpoint), widths[0]), generator=generator)
     b = kaiming_uniform_(torch.empty(widths[1], checkpoint.config["r"]), generator=generator)
