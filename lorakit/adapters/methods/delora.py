@@ -16,9 +16,10 @@ from peft import DeloraConfig
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods.linears import RANK_PATTERN, by_pattern, linear_at, tensors_at
-from lorakit.adapters.methods.options import check_config, rank
+from lorakit.adapters.methods.linears import linear_at, tensors_at
+from lorakit.adapters.methods.options import RANK_PATTERN, check_config, rank
 from lorakit.adapters.methods.parts import module_form, parts_of
+from lorakit.adapters.methods.targets import by_pattern
 from lorakit.adapters.peft_reader import Checkpoint
 
 _ITEMS = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")

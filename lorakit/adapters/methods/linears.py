@@ -1,26 +1,20 @@
-"""What the methods for linear modules share: their place, a module's tensors, options by pattern, a full product.
+"""What the methods for linear modules share: their place, a module's tensors, a full product.
 
-Knows places, keys' endings and patterns; knows no method's mathematics.
+Knows places and keys' endings; knows no method's mathematics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from lorakit.adapters.base import BaseModel
-from lorakit.adapters.methods.options import Option, is_number, is_rank, maps_to
 from lorakit.adapters.methods.parts import check_shape
-from lorakit.adapters.methods.targets import PATTERN_ERRORS, place_at
+from lorakit.adapters.methods.targets import place_at
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
 from lorakit.errors import CheckpointError, ShapeMismatchError
-
-RANK_PATTERN = Option("rank_pattern", lambda value: maps_to(value, is_rank), "a mapping from patterns to whole numbers")
-ALPHA_PATTERN = Option("alpha_pattern", lambda value: maps_to(value, is_number), "a mapping from patterns to numbers")
 
 
 def linear_at(checkpoint: Checkpoint, base: BaseModel, path: str) -> Place:
@@ -65,27 +59,6 @@ def tensors_at(
     for item, shape in shapes.items():
         check_shape(checkpoint.source, f"{item} of {path}", items[item], shape)
     return {item: tensor.to("cpu", torch.float64) for item, tensor in items.items()}
-
-
-def by_pattern(checkpoint: Checkpoint, patterns: str, default: str, path: str) -> Any:
-    """A module's value of an option that patterns may set, as PEFT finds it: the first that matches the path's end.
-
-    Args:
-        checkpoint: the checkpoint.
-        patterns: the option that maps patterns to values.
-        default: the option that holds where none matches.
-        path: the module's path.
-
-    Raises:
-        CheckpointError: a pattern is no regular expression.
-    """
-    values = checkpoint.config.get(patterns) or {}
-    try:
-        return values.get(get_pattern_key(values, path), checkpoint.config[default])
-    except PATTERN_ERRORS as error:
-        raise CheckpointError(
-            f"{checkpoint.source}: a pattern in {patterns} is no regular expression ({error}); save the adapter again."
-        ) from error
 
 
 def factors_of(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,10 @@ from peft import LoHaConfig
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods.linears import ALPHA_PATTERN, RANK_PATTERN, by_pattern, factors_of, linear_at, tensors_at
-from lorakit.adapters.methods.options import check_config, number, rank
+from lorakit.adapters.methods.linears import factors_of, linear_at, tensors_at
+from lorakit.adapters.methods.options import ALPHA_PATTERN, RANK_PATTERN, check_config, number, rank
 from lorakit.adapters.methods.parts import module_form, parts_of
+from lorakit.adapters.methods.targets import by_pattern
 from lorakit.adapters.peft_reader import Checkpoint
 
 _ITEMS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

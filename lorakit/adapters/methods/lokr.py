@@ -21,9 +21,19 @@ from peft.tuners.lokr.layer import factorization
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods.linears import ALPHA_PATTERN, RANK_PATTERN, by_pattern, linear_at, tensors_at
-from lorakit.adapters.methods.options import Option, check_config, flag, is_rank, number, rank
+from lorakit.adapters.methods.linears import linear_at, tensors_at
+from lorakit.adapters.methods.options import (
+    ALPHA_PATTERN,
+    RANK_PATTERN,
+    Option,
+    check_config,
+    flag,
+    is_rank,
+    number,
+    rank,
+)
 from lorakit.adapters.methods.parts import module_form, parts_of
+from lorakit.adapters.methods.targets import by_pattern
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
 from lorakit.errors import UnsupportedMethodError

@@ -11,9 +11,7 @@ Sources: Hu et al. 2021 (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 23
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -22,7 +20,7 @@ from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods import bdlora, dora, kasa, pissa, qalora
 from lorakit.adapters.methods.lora_options import check_options
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
-from lorakit.adapters.methods.targets import PATTERN_ERRORS, place_at
+from lorakit.adapters.methods.targets import by_pattern, place_at
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import CheckpointError, ShapeMismatchError
 
@@ -133,21 +131,7 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
 
 
 def _rank_and_scale(checkpoint: Checkpoint, path: str) -> tuple[int, float]:
-    """r and s of a module, as peft.LoraModel finds them: the first pattern that matches the path's end."""
-    config = checkpoint.config
-    try:
-        rank: int = _by_pattern(config.get("rank_pattern"), path, config["r"])
-        alpha: float = _by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-    except PATTERN_ERRORS as error:
-        raise CheckpointError(
-            f"{checkpoint.source}: a pattern in rank_pattern or alpha_pattern is no regular expression ({error}); "
-            "save the adapter again."
-        ) from error
-    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    """r and s of a module."""
+    rank: int = by_pattern(checkpoint, "rank_pattern", "r", path)
+    alpha: float = by_pattern(checkpoint, "alpha_pattern", "lora_alpha", path)
+    return rank, alpha / math.sqrt(rank) if checkpoint.config.get("use_rslora") else alpha / rank

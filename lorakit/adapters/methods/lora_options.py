@@ -10,7 +10,9 @@ from peft import LoraConfig
 
 from lorakit.adapters.methods import bdlora, kasa, pissa
 from lorakit.adapters.methods.options import (
+    ALPHA_PATTERN,
     COMMON,
+    RANK_PATTERN,
     TARGETS,
     WHOLE_TENSORS,
     Option,
@@ -19,7 +21,6 @@ from lorakit.adapters.methods.options import (
     flag,
     is_number,
     is_rank,
-    maps_to,
     number,
     rank,
     refuse_bias,
@@ -125,8 +126,8 @@ _OPTIONS = (
     rank("r"),
     number("lora_alpha"),
     *TARGETS,
-    Option("rank_pattern", lambda value: maps_to(value, is_rank), "a mapping from patterns to whole numbers"),
-    Option("alpha_pattern", lambda value: maps_to(value, is_number), "a mapping from patterns to numbers"),
+    RANK_PATTERN,
+    ALPHA_PATTERN,
     Option("lora_dropout", lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     flag("use_rslora"),
     flag("use_dora"),

@@ -94,6 +94,9 @@ def flag(name: str) -> Option:
     return Option(name, is_flag, "true or false")
 
 
+RANK_PATTERN = Option("rank_pattern", lambda value: maps_to(value, is_rank), "a mapping from patterns to whole numbers")
+ALPHA_PATTERN = Option("alpha_pattern", lambda value: maps_to(value, is_number), "a mapping from patterns to numbers")
+
 TARGETS = (
     Option(
         "target_modules",

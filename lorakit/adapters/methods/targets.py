@@ -2,7 +2,7 @@
 
 PEFT leaves modules that lack weights as the base has them, and overlooks weights of modules that its configuration does
 not name. Both are refused here: they are a damaged checkpoint, or one of another base. Knows target_modules and what
-narrows it; knows no tensor's meaning.
+narrows it, and options that patterns set module by module; knows no tensor's meaning.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from types import SimpleNamespace
+from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.peft_reader import Checkpoint
@@ -81,4 +83,25 @@ def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
         raise CheckpointError(
             f"{checkpoint.source}: a pattern in target_modules, exclude_modules or layers_pattern is no regular "
             f"expression ({error}); save the adapter again."
+        ) from error
+
+
+def by_pattern(checkpoint: Checkpoint, patterns: str, default: str, path: str) -> Any:
+    """A module's value of an option that patterns may set, as PEFT finds it: the first that matches the path's end.
+
+    Args:
+        checkpoint: the checkpoint.
+        patterns: the option that maps patterns to values.
+        default: the option that holds where none matches.
+        path: the module's path.
+
+    Raises:
+        CheckpointError: a pattern is no regular expression.
+    """
+    values = checkpoint.config.get(patterns) or {}
+    try:
+        return values.get(get_pattern_key(values, path), checkpoint.config[default])
+    except PATTERN_ERRORS as error:
+        raise CheckpointError(
+            f"{checkpoint.source}: a pattern in {patterns} is no regular expression ({error}); save the adapter again."
         ) from error
