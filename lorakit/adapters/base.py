@@ -6,6 +6,7 @@ name, over a skeleton on the meta device. Knows transformers' checkpoints; knows
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,6 +117,14 @@ class BaseModel:
         """b (out,) of a place in its own dtype, or None where it has none."""
         return self._weights.get(f"{path}.bias")
 
+    def with_parameters(self, parameters: Mapping[str, torch.Tensor]) -> BaseModel:
+        """The same base with other tensors in the place of some of its parameters."""
+        if not parameters:
+            return self
+        other = copy.copy(self)
+        other._weights = _ReplacedWeights(self._weights, parameters)
+        return other
+
     def parameter(self, name: str) -> torch.Tensor | None:
         """A parameter by its name in the model, exactly as the base stores it.
 
@@ -133,6 +142,20 @@ class BaseModel:
                 "if it is loaded in a special way, pass the live model as base_model."
             )
         return tensor
+
+
+class _ReplacedWeights:
+    """Weights of which some are others."""
+
+    def __init__(self, weights: _Weights, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+        self._parameters = parameters
+
+    def get(self, name: str) -> torch.Tensor | None:
+        return self._parameters[name] if name in self._parameters else self._weights.get(name)
+
+    def stored(self, name: str) -> torch.Tensor | None:
+        return self._parameters[name] if name in self._parameters else self._weights.stored(name)
 
 
 class _LiveWeights:

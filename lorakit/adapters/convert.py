@@ -6,12 +6,13 @@ A bank takes adapters through it, and so does a live model, so that both refuse 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.dtypes import WEIGHT_DTYPES
-from lorakit.adapters.form import AdapterForm
+from lorakit.adapters.form import WEIGHTS, AdapterForm, named
 from lorakit.adapters.methods import convert as convert_checkpoint
 from lorakit.adapters.peft_reader import Checkpoint, Source, read_checkpoint
 from lorakit.errors import ConfigError, NonFiniteWeightsError
@@ -24,7 +25,7 @@ def convert(name: str, source: Source | Checkpoint, base: BaseModel, dtype: torc
         name: the adapter's name, for messages.
         source: a PEFT folder, a Hub id, a live `PeftModel`, or a checkpoint already read.
         base: the base that it was trained on.
-        dtype: what A and B are cast to; None keeps the checkpoint's own, so that it can be written back bit for bit.
+        dtype: what A, B and w are cast to; None keeps the checkpoint's own, so that it can be written back bit for bit.
 
     Raises:
         CheckpointError, UnsupportedMethodError, ModuleNotFoundInBaseError: see `peft_reader` and `methods`.
@@ -59,17 +60,15 @@ def _check_range(form: AdapterForm, name: str, dtype: torch.dtype) -> None:
         for item, tensor in module.tensors():
             if not tensor.isfinite().all():
                 raise NonFiniteWeightsError(
-                    f"adapter {name!r}: {item.upper()} of {path} has values larger than {shown} holds; "
+                    f"adapter {name!r}: {named(item)} of {path} has values larger than {shown} holds; "
                     "keep it in float32 or bfloat16."
                 )
 
 
 def cast(form: AdapterForm, dtype: torch.dtype) -> AdapterForm:
-    """The form with A and B in another dtype; c and d stay fp32."""
-    modules = {
-        path: module
-        if module.a is None or module.b is None
-        else dataclasses.replace(module, a=module.a.to(dtype), b=module.b.to(dtype))
-        for path, module in form.modules.items()
-    }
+    """The form with A, B and w in another dtype; c and d stay fp32."""
+    modules = {}
+    for path, module in form.modules.items():
+        weights: dict[str, Any] = {item: tensor.to(dtype) for item, tensor in module.tensors() if item in WEIGHTS}
+        modules[path] = dataclasses.replace(module, **weights)
     return dataclasses.replace(form, modules=modules)

@@ -6,7 +6,11 @@ At one module with weight W (out, in), base bias b and input x:
 
 A (r, in) and B (out, r) are the low-rank factors, s the scale, c and d (out) a per-channel scale and bias; c = 1 and
 d = 0 where a method has none. W x + b is what the base's module returns. At an embedding x is one-hot, so A's column
-of a token is looked up instead of multiplied.
+of a token is looked up instead of multiplied. A norm is a module whose product is its normalised input, and takes c
+and d alone. Where an adapter brings a whole weight w of its own, such as a classifier's, what the base's module returns
+is not used:
+
+    y = w x + d
 
 Knows tensors; knows no file, no PEFT key, no device.
 """
@@ -22,7 +26,12 @@ import torch
 
 from lorakit.errors import NonFiniteWeightsError
 
-Kind = Literal["linear", "embedding"]
+Kind = Literal["linear", "embedding", "norm"]
+
+WEIGHTS = ("a", "b", "w")
+VECTORS = ("c", "d")
+ITEMS = WEIGHTS + VECTORS
+"""The names of a module's tensors: matrices, which may be kept in 16 bits, and fp32 vectors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +39,7 @@ class ModuleForm:
     """One module's share of an adapter.
 
     Attributes:
-        kind: what the module computes, "linear" (also for GPT-2's Conv1D) or "embedding".
+        kind: what the module computes, "linear" (also for GPT-2's Conv1D), "embedding" or "norm".
         in_features: the input width; for an embedding the number of its rows (the vocabulary).
         out_features: the output width.
         a: A as (r, in); for an embedding transposed, (in, r), so that a token's lookup reads one contiguous row.
@@ -39,6 +48,8 @@ class ModuleForm:
         scale: s, applied in fp32 on the fp32 product.
         c: (out,) fp32, or None for ones.
         d: (out,) fp32, or None for zeros.
+        w: a whole weight, (out, in), an embedding's (in, out) as `nn.Embedding` has it; None for the base's. It comes
+            without A, B and c, and a scale of 1.
     """
 
     kind: Kind
@@ -49,6 +60,7 @@ class ModuleForm:
     scale: float = 1.0
     c: torch.Tensor | None = None
     d: torch.Tensor | None = None
+    w: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -56,18 +68,22 @@ class ModuleForm:
         return 0 if self.b is None else self.b.shape[1]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors there are, as ("a" | "b" | "c" | "d", tensor)."""
-        for name in ("a", "b", "c", "d"):
+        """The tensors there are, as (one of `ITEMS`, tensor)."""
+        for name in ITEMS:
             tensor = getattr(self, name)
             if tensor is not None:
                 yield name, tensor
 
     def __post_init__(self) -> None:
         assert (self.a is None) == (self.b is None), "A and B come together"
+        assert self.w is None or (self.b is None and self.c is None and self.scale == 1), "w takes the product's place"
+        assert self.kind != "norm" or (self.b is None and self.w is None), "a norm takes c and d alone"
         r = self.rank
+        linear = self.kind == "linear"
         shapes = {
-            "a": (r, self.in_features) if self.kind == "linear" else (self.in_features, r),
+            "a": (r, self.in_features) if linear else (self.in_features, r),
             "b": (self.out_features, r),
+            "w": (self.out_features, self.in_features) if linear else (self.in_features, self.out_features),
             "c": (self.out_features,),
             "d": (self.out_features,),
         }
@@ -114,6 +130,11 @@ class AdapterForm:
                 # A sum is finite only if every element is, save for overflow: one cheap pass, then the exact test.
                 if not math.isfinite(tensor.sum(dtype=torch.float32).item()) and not tensor.isfinite().all():
                     raise NonFiniteWeightsError(
-                        f"adapter {name!r}: {item.upper() if item in 'ab' else item} of {path} holds NaN or Inf. "
+                        f"adapter {name!r}: {named(item)} of {path} holds NaN or Inf. "
                         "Training diverged, or the file is damaged: export an earlier checkpoint."
                     )
+
+
+def named(item: str) -> str:
+    """A module's tensor in a message: A and B are matrices by their usual names."""
+    return item.upper() if item in "ab" else item

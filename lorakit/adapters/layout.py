@@ -1,9 +1,9 @@
 """How the tensors of an adapter lie in one extent: the same on disk, in host memory and in a device's slot.
 
-An extent is the *weights* region (every A and B, in the adapter's weight dtype) followed by the *vectors* region (every
-c and d, fp32). Offsets count elements of their region, not bytes, so one layout serves every weight dtype: a whole
-region is cast in one go and each tensor stays where it was. B lies transposed, as (r, out): like A's, its rows are long
-and start aligned whatever the rank, so kernels read both with full-width loads.
+An extent is the *weights* region (every A, B and w, in the adapter's weight dtype) followed by the *vectors* region
+(every c and d, fp32). Offsets count elements of their region, not bytes, so one layout serves every weight dtype: a
+whole region is cast in one go and each tensor stays where it was. B lies transposed, as (r, out): like A's, its rows
+are long and start aligned whatever the rank, so kernels read both with full-width loads.
 
 Knows forms and flat tensors; knows no file, no device.
 """
@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 
 from lorakit.adapters.dtypes import WEIGHT_DTYPES
 from lorakit.adapters.fields import Fields, content_key
-from lorakit.adapters.form import AdapterForm, Kind, ModuleForm
+from lorakit.adapters.form import ITEMS, WEIGHTS, AdapterForm, Kind, ModuleForm
 from lorakit.errors import BankError
 
 ALIGNMENT = 8
@@ -43,8 +43,9 @@ def natural_key(path: str) -> tuple[list[tuple[int, str]], str]:
 
 
 def weight_dtype(form: AdapterForm) -> torch.dtype:
-    """The narrowest dtype that holds every A and B of a form without loss (float32 for a form without any)."""
-    dtypes = {tensor.dtype for module in form.modules.values() for tensor in (module.a, module.b) if tensor is not None}
+    """The narrowest dtype that holds every A, B and w of a form without loss (float32 for a form without any)."""
+    modules = form.modules.values()
+    dtypes = {tensor.dtype for module in modules for item, tensor in module.tensors() if item in WEIGHTS}
     assert dtypes <= set(WEIGHT_DTYPES), f"the reader lets only {WEIGHT_DTYPES} through, not {dtypes}"
     return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
@@ -54,7 +55,7 @@ class Span(NamedTuple):
 
     Attributes:
         path: the module.
-        item: "a", "b", "c" or "d".
+        item: one of `form.ITEMS`.
         offset: the first element within its region.
         shape: the tensor's shape; its elements lie in row-major order.
     """
@@ -76,7 +77,7 @@ class ModuleLayout:
 
     Attributes:
         path: the module's path in the base model.
-        kind: "linear" or "embedding".
+        kind: "linear", "embedding" or "norm".
         in_features: the input width, or an embedding's number of rows.
         out_features: the output width.
         rank: r; 0 without factors.
@@ -85,6 +86,7 @@ class ModuleLayout:
         b: B's, or None; B lies transposed, (r, out).
         c: c's first element in the vectors region, or None; c is (out,).
         d: d's, or None; d is (out,).
+        w: w's first element in the weights region, or None; w is (out, in), for an embedding (in, out).
     """
 
     path: str
@@ -97,13 +99,17 @@ class ModuleLayout:
     b: int | None = None
     c: int | None = None
     d: int | None = None
+    w: int | None = None
 
     def weights(self) -> Iterator[Span]:
-        """A and B, where there are any."""
+        """A, B and w, where there are any."""
         if self.a is not None and self.b is not None:
             shape = (self.rank, self.in_features) if self.kind == "linear" else (self.in_features, self.rank)
             yield Span(self.path, "a", self.a, shape)
             yield Span(self.path, "b", self.b, (self.rank, self.out_features))
+        if self.w is not None:
+            linear = self.out_features, self.in_features
+            yield Span(self.path, "w", self.w, linear if self.kind == "linear" else linear[::-1])
 
     def vectors(self) -> Iterator[Span]:
         """C and d, where there are any."""
@@ -115,7 +121,7 @@ class ModuleLayout:
     def to_json(self) -> dict[str, Any]:
         """The module as in bank.json; what is None is left out."""
         sizes = {"path": self.path, "kind": self.kind, "in": self.in_features, "out": self.out_features}
-        places = {item: getattr(self, item) for item in "abcd" if getattr(self, item) is not None}
+        places = {item: getattr(self, item) for item in ITEMS if getattr(self, item) is not None}
         return {**sizes, "rank": self.rank, "scale": self.scale, **places}
 
     @classmethod
@@ -127,14 +133,18 @@ class ModuleLayout:
         """
         fields = Fields(value, where)
         kind = fields.text("kind")
-        if kind not in ("linear", "embedding"):
-            raise fields.wrong("kind", '"linear" or "embedding"')
-        places = {item: fields.count(item) for item in "abcd" if item in fields.value}
+        if kind not in get_args(Kind):
+            raise fields.wrong("kind", f"one of {', '.join(get_args(Kind))}")
+        places = {item: fields.count(item) for item in ITEMS if item in fields.value}
         if any(place % ALIGNMENT for place in places.values()):
             raise BankError(f"{where} has an offset that is no multiple of {ALIGNMENT}")
         rank = fields.count("rank", limit=_FEATURES_LIMIT)
         if ("a" in places) != ("b" in places) or (rank and "a" not in places):
             raise BankError(f"{where} should have both a and b, or neither and rank 0")
+        if "w" in places and places.keys() & {"a", "c"}:
+            raise BankError(f"{where} has a w, which takes the place of a, b and c")
+        if kind == "norm" and places.keys() & {"a", "w"}:
+            raise BankError(f"{where} is a norm, which has only c and d")
         return cls(
             path=fields.text("path", least=1),
             kind=cast(Kind, kind),
@@ -146,6 +156,7 @@ class ModuleLayout:
             b=places.get("b"),
             c=places.get("c"),
             d=places.get("d"),
+            w=places.get("w"),
         )
 
 
@@ -165,7 +176,7 @@ class Layout:
 
     @classmethod
     def of(cls, form: AdapterForm) -> Layout:
-        """The layout that a form is packed by: modules in natural order of their paths, each A, B; then each c, d."""
+        """The layout that a form is packed by: modules in natural order of their paths, each A, B, w and each c, d."""
         modules = []
         weights = vectors = 0
         for path in sorted(form.modules, key=natural_key):
@@ -173,7 +184,7 @@ class Layout:
             assert path, "a module has a path"
             places: dict[str, int] = {}
             for item, tensor in module.tensors():
-                if item in "ab":
+                if item in WEIGHTS:
                     places[item], weights = weights, _aligned(weights + tensor.numel())
                 else:
                     assert tensor.dtype == torch.float32, f"{item} of {path} is {tensor.dtype}, not float32"
@@ -190,13 +201,14 @@ class Layout:
                     b=places.get("b"),
                     c=places.get("c"),
                     d=places.get("d"),
+                    w=places.get("w"),
                 )
             )
         return cls(tuple(modules), weights, vectors)
 
     @cached_property
     def weight_spans(self) -> tuple[Span, ...]:
-        """Every A and B by place."""
+        """Every A, B and w by place."""
         return tuple(sorted((span for module in self.modules for span in module.weights()), key=_place))
 
     @cached_property
@@ -250,6 +262,7 @@ class Layout:
                 scale=module.scale,
                 c=tensors.get("c"),
                 d=tensors.get("d"),
+                w=tensors.get("w"),
             )
         return forms
 
@@ -258,7 +271,7 @@ class Layout:
 
         Args:
             form: a form with `Layout.of(form) == self`.
-            dtype: the weights' dtype; A and B are cast to it.
+            dtype: the weights' dtype; A, B and w are cast to it.
 
         Returns:
             The weights (weights_elements,) of `dtype` and the vectors (vector_elements,) fp32; gaps are zero.

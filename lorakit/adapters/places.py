@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,16 +21,18 @@ class Place:
     """A module that can carry an adapter.
 
     Attributes:
-        kind: "linear" (y = W x + b) or "embedding" (a row of W a token).
+        kind: "linear" (y = W x + b), "embedding" (a row of W a token) or "norm" (y = g ⊙ n(x) + b).
         in_features: input width; an embedding's number of rows.
         out_features: output width.
         transposed: the weight is stored (in, out), as transformers' Conv1D and every embedding have it.
+        offset: of a norm, what is added to its weight to give g: 1 for Gemma's, 0 for most.
     """
 
     kind: Kind
     in_features: int
     out_features: int
     transposed: bool
+    offset: float = 0.0
 
 
 def place_of(module: nn.Module) -> Place | None:
@@ -47,7 +50,44 @@ def place_of(module: nn.Module) -> Place | None:
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     if isinstance(width, int) and isinstance(height, int) and own:
         return Place("linear", width, height, transposed=False)
-    return None
+    return _norm_of(module)
+
+
+def _norm_of(module: nn.Module) -> Place | None:
+    """The place that a norm is: a module with one weight a channel, which multiplies what was normalised.
+
+    What it does with that weight is seen by trying a copy of it, as models have norms of their own classes.
+    """
+    weight = getattr(module, "weight", None)
+    if "Norm" not in type(module).__name__ or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+        return None
+    names = {name for name, _ in module.named_parameters()}
+    if names - {"weight", "bias"} or isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
+        return None
+    offset = _offset_of(module, weight.shape[0])
+    return None if offset is None else Place("norm", weight.shape[0], weight.shape[0], transposed=False, offset=offset)
+
+
+@torch.no_grad()
+def _offset_of(module: nn.Module, channels: int) -> float | None:
+    """What a norm adds to its weight: 0 or 1; None where its output is not such a multiple of its weight."""
+    x = torch.linspace(-1, 2, 2 * channels).reshape(2, channels)
+    outputs = []
+    for value in (0.0, 1.0, 3.0):
+        weights = {name: torch.full((channels,), value if name == "weight" else 0.0) for name in module._parameters}
+        # Neither the module's hooks nor a forward that was put in its place are tried.
+        trial = object.__new__(type(module))
+        absent = {name: None for name, parameter in module._parameters.items() if parameter is None}
+        trial.__dict__ = {**module.__dict__, "_parameters": weights | absent}
+        try:
+            outputs.append(type(module).forward(trial, x))
+        except (TypeError, RuntimeError, ValueError):  # it needs other arguments
+            return None
+    zero, one, three = outputs
+    step = one - zero
+    if zero.shape != x.shape or not step.any() or not torch.allclose(three - zero, 3 * step, rtol=1e-4, atol=1e-5):
+        return None
+    return next((offset for offset in (0.0, 1.0) if torch.allclose(zero, offset * step, rtol=1e-4, atol=1e-5)), None)
 
 
 def places(model: nn.Module) -> dict[str, Place]:

@@ -29,7 +29,7 @@ import torch
 
 from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.files import NewFile
-from lorakit.adapters.form import AdapterForm
+from lorakit.adapters.form import WEIGHTS, AdapterForm
 from lorakit.adapters.layout import stored
 from lorakit.errors import BankCorruptedError, BankError
 
@@ -113,7 +113,7 @@ def form_chunks(entry: AdapterEntry, form: AdapterForm) -> list[memoryview]:
             chunks.append(tensor_bytes(extras[name], extras[name].dtype))
         else:
             path, item = name.rsplit("/", 1)
-            dtype = entry.dtype if item in "ab" else torch.float32
+            dtype = entry.dtype if item in WEIGHTS else torch.float32
             chunks.append(tensor_bytes(stored(item, getattr(form.modules[path], item)), dtype))
         assert chunks[-1].nbytes == place.end - place.begin
     return chunks

@@ -51,6 +51,7 @@ class AdaptedModule:
 
     Attributes:
         path: the module's path.
+        kind: what the module computes.
         embedding: whether the module is given ids.
         module: the module itself.
         base: its forward without this model's adapters.
@@ -62,6 +63,7 @@ class AdaptedModule:
         assert place is not None, f"{path} was exported, so it can carry an adapter"
         self.path = path
         self.batch: Batch | None = None
+        self.kind = place.kind
         self.embedding = place.kind == "embedding"
         self.base: Callable[..., torch.Tensor] = module.forward
         self.module = module

@@ -13,12 +13,12 @@ import torch
 from lorakit_kernels.entries import WORDS, entry_words
 from lorakit_kernels.limits import MOST_SIBLINGS, RANKS
 from lorakit_kernels.plan import plan
-from lorakit_kernels.stacked import Stack, stacked_lora
+from lorakit_kernels.stacked import Stack, Whole, replaced, stacked_lora
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
-    from lorakit_kernels.sgmv import expand_, lookup, shrink
+    from lorakit_kernels.sgmv import expand_, lookup, replace_, shrink
 
 __all__ = [
     "HAS_TRITON",
@@ -26,11 +26,14 @@ __all__ = [
     "RANKS",
     "WORDS",
     "Stack",
+    "Whole",
     "entry_words",
     "expand_",
     "has_kernels",
     "lookup",
     "plan",
+    "replace_",
+    "replaced",
     "shrink",
     "stacked_lora",
 ]

@@ -43,6 +43,8 @@ class Routing:
         self._finder = finder
         self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in used))
         self._max_rank = _tiled(max((slot.layout.ranks[-1] for slot in used), default=0))
+        # Modules for which some row's adapter brings a whole weight.
+        self._whole = {module.path for slot in used for module in slot.layout.modules if module.w is not None}
         self._columns: dict[str, int] = {}
         rows = torch.tensor([-1 if slot is None else slot.index for slot in self.slots])
         self._plan = ops.plan(rows).to(device)
@@ -61,16 +63,16 @@ class Routing:
 
     def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Adds the adapters' share at a module. See `layers.Batch`."""
-        if not torch.compiler.is_compiling() and not module.embedding:
+        if not torch.compiler.is_compiling() and module.kind == "linear":
             self._finder.see(module, x)
         y = y.contiguous()
-        if module.embedding:
-            column = self._columns[module.path]
-            for dtype, table in self._tables:
-                h = ops.lookup(x.reshape(-1), table, self._plan, column, self._max_rank, dtype)
-                ops.expand_([y.view(-1, y.shape[-1])], h, table, self._plan, [column], dtype)
+        if module.kind == "embedding":
+            self._expand([module], [y], self._look_up(module, x))
+        elif module.kind == "norm":
+            self._expand([module], [y], [self._nothing(y) for _ in self._tables])
         else:
             self._expand([module], [y], self._shrink([module], x))
+        self._replace(module, y, x)
         return y
 
     def forward(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
@@ -79,7 +81,20 @@ class Routing:
             module.check_rows(x, len(self.slots))
         ys = [module.base(x).contiguous() for module in modules]
         self._expand(modules, ys, self._shrink(modules, x))
+        for module, y in zip(modules, ys, strict=True):
+            self._replace(module, y, x)
         return ys
+
+    def _look_up(self, module: AdaptedModule, ids: torch.Tensor) -> list[torch.Tensor]:
+        column = self._columns[module.path]
+        return [
+            ops.lookup(ids.reshape(-1), table, self._plan, column, self._max_rank, dtype)
+            for dtype, table in self._tables
+        ]
+
+    def _nothing(self, y: torch.Tensor) -> torch.Tensor:
+        """Sums that nobody reads: a norm has no factors."""
+        return y.new_empty((1, y.numel() // y.shape[-1], 1, self._max_rank), dtype=torch.float32)
 
     def _shrink(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
         columns = [self._columns[module.path] for module in modules]
@@ -97,6 +112,13 @@ class Routing:
                 continue
             for i, y in enumerate(tokens):  # a launch writes one dtype
                 ops.expand_([y], h[i : i + 1], table, self._plan, columns[i : i + 1], dtype)
+
+    def _replace(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> None:
+        if module.path in self._whole:
+            column = self._columns[module.path]
+            given = x.reshape(-1) if module.embedding else x.reshape(-1, x.shape[-1]).contiguous()
+            for dtype, table in self._tables:
+                ops.replace_(y.view(-1, y.shape[-1]), given, table, self._plan, column, dtype)
 
 
 def _tiled(rank: int) -> int:

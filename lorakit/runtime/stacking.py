@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lorakit.runtime.layers import AdaptedModule
-from lorakit.runtime.ops import Stack, stacked_lora
+from lorakit.runtime.ops import Stack, Whole, replaced, stacked_lora
 from lorakit.runtime.pool import Slot
 
 
@@ -56,9 +56,17 @@ class Stacking:
         self.slots = tuple(slots)
         segments = segments_of(slots)
         stacker = _Stacker(len(self.slots), dtype)
+        paths = dict.fromkeys(path for segment in segments for path in segment.slot.modules)
         self._stacks: Mapping[str, tuple[Stack, ...]] = {
-            path: tuple(stacker.stack(group, modules[path]) for group in _groups(segments, path))
-            for path in dict.fromkeys(path for segment in segments for path in segment.slot.modules)
+            path: tuple(stacker.stack(group, modules[path]) for group in _groups(segments, path)) for path in paths
+        }
+        self._wholes: Mapping[str, tuple[Whole, ...]] = {
+            path: tuple(
+                stacker.whole(segment, modules[path])
+                for segment in segments
+                if path in segment.slot.modules and segment.slot.modules[path].w is not None
+            )
+            for path in paths
         }
 
     @property
@@ -70,6 +78,8 @@ class Stacking:
         """Adds the adapters' share at a module. See `layers.Batch`."""
         for stack in self._stacks[module.path]:
             y = stacked_lora(y, x, stack, embedding=module.embedding)
+        for whole in self._wholes[module.path]:
+            y = replaced(y, x, whole, embedding=module.embedding)
         return y
 
 
@@ -82,7 +92,7 @@ def _groups(segments: Sequence[Segment], path: str) -> list[list[Segment]]:
     groups: dict[tuple[int, bool, bool, int], list[Segment]] = defaultdict(list)
     for segment in segments:
         module = segment.slot.modules.get(path)
-        if module is not None:
+        if module is not None and module.w is None:
             size = (len(segment.rows) - 1).bit_length()
             groups[module.rank, module.c is None, module.d is None, size].append(segment)
     return list(groups.values())
@@ -119,6 +129,18 @@ class _Stacker:
             b=torch.stack(b) if b else None,
             c=None if c is None else c.unsqueeze(1),
             d=None if d is None else d.unsqueeze(1),
+        )
+
+    def whole(self, segment: Segment, module: AdaptedModule) -> Whole:
+        """A segment's `Whole` at a module, on the module's device."""
+        form, rows = segment.slot.modules[module.path], segment.rows
+        assert form.w is not None
+        return Whole(
+            n=self._n,
+            rows=None if len(rows) == self._n else torch.tensor(rows, dtype=torch.int64, device=module.device),
+            w=form.w.to(module.device),
+            d=None if form.d is None else form.d.to(module.device),
+            scale=module.output_scale,
         )
 
     def _stacked(self, tensors: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The address table: for every slot and module, where the kernels find A, B, c and d.
+"""The address table: for every slot and module, where the kernels find A, B, c, d and w.
 
 A row is a slot's, found by its index; a column is a module's. A row is written when its slot was loaded or moved, from
 its layout alone. Knows slots and modules' paths; no batch and no request.
@@ -74,11 +74,12 @@ class AddressTable:
             addressed = numpy.zeros_like(words)
             vectors = layout.weights_elements * dtype.itemsize
             for column, module in zip(columns, layout.modules, strict=True):
-                a, b = (0 if at is None else at * dtype.itemsize for at in (module.a, module.b))
+                a, b, w = (0 if at is None else at * dtype.itemsize for at in (module.a, module.b, module.w))
                 c, d = (0 if at is None else vectors + at * 4 for at in (module.c, module.d))
                 scale = module.scale * self._modules[module.path].output_scale
-                words[column] = entry_words(a, b, c, d, module.rank, scale)
+                words[column] = entry_words(a, b, c, d, module.rank, scale, w)
                 addressed[column, :4] = [at is not None for at in (module.a, module.b, module.c, module.d)]
+                addressed[column, 6] = module.w is not None
             self._rows[key] = words, addressed
         return self._rows[key]
 

@@ -7,6 +7,8 @@ graph; slots, ranks and addresses are read from `table` and `plan` on the device
 A compiled model calls them as operators of torch.library, without a break; elsewhere they are launched as they stand,
 which saves the operator's own time.
 
+`replace_` is for adapters that bring a module's whole weight.
+
 Table and plan are read before the kernel ahead in the stream has ended, so that kernel may not be the one that writes
 them. A copy is no kernel, and whatever ran before the base's product has ended.
 """
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import decode, embedding, prefill
+from . import decode, embedding, prefill, whole
 from .limits import MOST_SIBLINGS, RANKS
 from .namespace import add_op_namespace_prefix
 from .tuning import tiles
@@ -142,3 +144,32 @@ _expand_operator = torch.library.custom_op(add_op_namespace_prefix("expand_"), _
 @_expand_operator.register_fake
 def _(ys, h, table, plan, columns, weight):
     assert 1 <= len(ys) == len(columns) <= MOST_SIBLINGS
+
+
+def replace_(y: Tensor, x: Tensor, table: Tensor, plan: Tensor, column: int, weight: torch.dtype) -> None:
+    """Writes s · w x + d to y, for every row whose adapter brings a whole weight; others keep their bits.
+
+    Args:
+        y: (tokens, out) of x's dtype, or of any for ids; contiguous. What stands there is not used.
+        x: (tokens, in) fp32, bf16 or fp16, contiguous; or (tokens,) ids of an embedding, int32 or int64.
+        table: as in `shrink`; w is (out, in), an embedding's (vocabulary, out).
+        plan: as in `shrink`.
+        column: the module's place in the table.
+        weight: the dtype of w.
+    """
+    run = _replace_operator if torch.compiler.is_compiling() else _replace
+    run(y, x, table, plan, column, weight)
+
+
+def _replace(y: Tensor, x: Tensor, table: Tensor, plan: Tensor, column: int, weight: torch.dtype) -> None:
+    assert y.is_contiguous() and x.is_contiguous()
+    launch = whole.embedding if x.ndim == 1 else whole.linear
+    launch(x, y, table, plan, column, weight)
+
+
+_replace_operator = torch.library.custom_op(add_op_namespace_prefix("replace_"), _replace, mutates_args=("y",))
+
+
+@_replace_operator.register_fake
+def _(y, x, table, plan, column, weight):
+    assert y.ndim == 2

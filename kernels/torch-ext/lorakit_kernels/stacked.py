@@ -79,6 +79,56 @@ def stacked_lora(y: Tensor, x: Tensor, stack: Stack, *, embedding: bool = False)
     return rows.index_copy_(0, stack.target, result).reshape(y.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A segment of one batch at a module for which it brings a whole weight. Such weights are never stacked.
+
+    Attributes:
+        n: rows of the batch.
+        rows: (k,) int64, the segment's rows; None for all of them.
+        w: (out, in); an embedding's as (V, out).
+        d: (out,) fp32 or None for zeros.
+        scale: what the product is multiplied by.
+    """
+
+    n: int
+    rows: Tensor | None
+    w: Tensor
+    d: Tensor | None
+    scale: float = 1.0
+
+
+def replaced(y: Tensor, x: Tensor, whole: Whole, *, embedding: bool = False) -> Tensor:
+    """Applies y ← s · w x + d to the rows of a segment, in the wider of x's and w's dtypes.
+
+    Args:
+        y: as in `stacked_lora`; what stands there is not used, and may be NaN.
+        x: as in `stacked_lora`.
+        whole: the segment and its weight.
+        embedding: whether x holds ids, each a row of w.
+
+    Returns:
+        The result, of y's shape and dtype. Other rows are y's, bit for bit.
+    """
+    rows = y.reshape(whole.n, -1, y.shape[-1])
+    taken = x.reshape(whole.n, -1) if embedding else x.reshape(whole.n, -1, x.shape[-1])
+    if whole.rows is not None:
+        taken = taken.index_select(0, whole.rows)
+    if embedding:
+        result = torch.nn.functional.embedding(taken, whole.w)
+    else:
+        dtype = torch.promote_types(x.dtype, whole.w.dtype)
+        result = torch.nn.functional.linear(taken.to(dtype), whole.w.to(dtype))
+    if whole.scale != 1:
+        result = result * whole.scale
+    if whole.d is not None:
+        result = result + whole.d
+    result = result.to(y.dtype)
+    if whole.rows is None:
+        return result.reshape(y.shape)
+    return rows.index_copy_(0, whole.rows, result).reshape(y.shape)
+
+
 def _shrink(x: Tensor, stack: Stack) -> Tensor:
     """x Aᵀ of each segment: (S, k·t, r)."""
     a = stack.a

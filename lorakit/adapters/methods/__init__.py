@@ -43,6 +43,7 @@ from lorakit.adapters.methods import (
     unilora,
     vblora,
     vera,
+    whole,
 )
 from lorakit.adapters.peft_reader import Checkpoint, full_key
 from lorakit.errors import UnsupportedMethodError
@@ -98,15 +99,16 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     if family is None:
         reason = _REFUSED.get(checkpoint.peft_type, f"lorakit converts {', '.join(sorted(FAMILIES))}")
         raise UnsupportedMethodError(f"{checkpoint.source}: PEFT's {checkpoint.peft_type} is not served: {reason}.")
-    form: AdapterForm = family.convert(checkpoint, base)
-    return form
+    apart = whole.set_apart(checkpoint, base)
+    form: AdapterForm = family.convert(apart.checkpoint, apart.base)
+    return whole.put_back(form, apart, checkpoint, base)
 
 
 def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
     """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported."""
     family = _family(str(form.config["peft_type"]).upper())
     tensors = family.restore(form) if hasattr(family, "restore") else form.extras
-    return {full_key(key): tensor for key, tensor in tensors.items()}
+    return {full_key(key): tensor for key, tensor in whole.give_back(form, tensors).items()}
 
 
 @cache

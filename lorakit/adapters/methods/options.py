@@ -18,7 +18,8 @@ from lorakit.errors import CheckpointError, UnsupportedMethodError
 
 COMMON = frozenset(
     "auto_mapping base_model_name_or_path revision peft_type peft_version task_type inference_mode target_modules "
-    "exclude_modules layers_to_transform layers_pattern fan_in_fan_out runtime_config".split()
+    "exclude_modules layers_to_transform layers_pattern fan_in_fan_out runtime_config modules_to_save "
+    "ensure_weight_tying".split()
 )
 """Options of every method that say where an adapter sits, or nothing about what it computes."""
 
@@ -26,7 +27,6 @@ MOST_ELEMENTS = 1 << 30
 """No tensor that a conversion makes from options alone is larger."""
 
 WHOLE_TENSORS = {
-    "modules_to_save": "whole saved modules are not part of a low-rank form",
     "trainable_token_indices": "replaced embedding rows are not part of a low-rank form",
 }
 """Options of several methods that are refused, and why."""

@@ -88,6 +88,7 @@ def module_form(
     scale: float = 1.0,
     c: torch.Tensor | None = None,
     d: torch.Tensor | None = None,
+    w: torch.Tensor | None = None,
 ) -> ModuleForm:
     """The form at a place.
 
@@ -98,6 +99,7 @@ def module_form(
         scale: s.
         c: (out,), or None for ones.
         d: (out,), or None for zeros.
+        w: a whole weight, as in `ModuleForm`.
     """
     if place.kind == "embedding" and a is not None:
         a = a.T
@@ -110,6 +112,7 @@ def module_form(
         scale,
         None if c is None else c.float().contiguous(),
         None if d is None else d.float().contiguous(),
+        None if w is None else w.contiguous(),
     )
 
 

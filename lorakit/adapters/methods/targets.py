@@ -69,16 +69,18 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
 
 
 def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
-    """The places that PEFT would adapt."""
+    """The places that PEFT would adapt: of norms none, whatever a pattern matches."""
     config = checkpoint.config
     if isinstance(config["target_modules"], str) and config["target_modules"].lower() == "all-linear":
         return base.all_linear
-    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    matcher = SimpleNamespace(
-        modules_to_save=None, target_parameters=None, **{field: config.get(field) for field in fields}
-    )
+    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    matcher = SimpleNamespace(target_parameters=None, **{field: config.get(field) for field in fields})
     try:
-        return frozenset(path for path in base.places if check_target_module_exists(matcher, path))
+        return frozenset(
+            path
+            for path, place in base.places.items()
+            if place.kind != "norm" and check_target_module_exists(matcher, path)
+        )
     except PATTERN_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint.source}: a pattern in target_modules, exclude_modules or layers_pattern is no regular "
