@@ -119,6 +119,8 @@ METHODS: dict[str, Callable[[Architecture], dict[str, Any]]] = {
     "dora": lambda a: {"target_modules": a.linear, "use_dora": True},
     "embeddings": lambda a: {"target_modules": a.embeddings},
     "embeddings-dora": lambda a: {"target_modules": a.embeddings, "use_dora": True},
+    "saved": lambda a: {"target_modules": a.linear, "modules_to_save": a.embeddings},
+    "biases": lambda a: {"target_modules": a.linear, "bias": "all"},
 }
 
 
@@ -137,6 +139,8 @@ def adapt(base: PreTrainedModel, seed: int, *, copied: bool = True, **options: A
                 parameter.mul_(1 + 0.4 * torch.rand(parameter.shape, generator=generator).to(parameter.device))
             elif "lora_" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.requires_grad:  # a saved module, or a bias
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -7,6 +7,7 @@ import torch
 from architectures import ARCHITECTURES
 from peft_folders import base_of, small
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.places import Place, base_modules, place_of, places
@@ -19,6 +20,13 @@ class Packed(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("qweight", torch.zeros(3, 4, dtype=torch.int32))
+
+
+class OddNorm(nn.LayerNorm):
+    """Its output is no multiple of its weight."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
 
 
 class Container(nn.Module):
@@ -36,7 +44,14 @@ class Container(nn.Module):
         (Conv1D(4, 6), Place("linear", 6, 4, transposed=True)),
         (nn.Embedding(6, 4), Place("embedding", 6, 4, transposed=True)),
         (Packed(), Place("linear", 6, 4, transposed=False)),
-        (nn.LayerNorm(4), None),
+        (nn.LayerNorm(4), Place("norm", 4, 4, transposed=False)),
+        (nn.RMSNorm(4, device="meta"), Place("norm", 4, 4, transposed=False)),
+        (Gemma3RMSNorm(4), Place("norm", 4, 4, transposed=False, offset=1.0)),
+        (nn.LayerNorm((3, 4)), None),
+        (nn.LayerNorm(4, elementwise_affine=False), None),
+        (nn.GroupNorm(2, 4), None),
+        (nn.BatchNorm1d(4), None),
+        (OddNorm(4), None),
         (nn.Conv2d(3, 4, 2), None),
         (nn.EmbeddingBag(6, 4), None),
         (nn.Identity(), None),
@@ -56,12 +71,15 @@ def test_places_have_the_shapes_of_their_weights(name):
     found = places(model)
     modules = dict(model.named_modules())
     assert set(found) == {
-        path for path, module in modules.items() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+        path
+        for path, module in modules.items()
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D) or "norm" in type(module).__name__.lower()
     }
     assert list(found) == [path for path in modules if path in found], "in the order of named_modules()"
     for path, place in found.items():
-        shape = (place.out_features, place.in_features)
-        assert tuple(modules[path].weight.shape) == (shape[::-1] if place.transposed else shape)
+        linear = (place.out_features, place.in_features)
+        shape = (place.out_features,) if place.kind == "norm" else linear[::-1] if place.transposed else linear
+        assert tuple(modules[path].weight.shape) == shape
 
 
 def test_a_wrapped_model_has_the_places_of_its_base():

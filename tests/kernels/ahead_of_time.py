@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from lorakit_kernels import arguments, decode, embedding, entries, prefill, tuning
+from lorakit_kernels import arguments, decode, embedding, entries, prefill, tuning, whole
 from lorakit_kernels.plan import COLUMNS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -117,12 +117,25 @@ def embedding_lookup(case, tiles):
     embedding.lookup(ids, h, table, rows, columns[0], case.weight)
 
 
+def whole_linear(case, tiles):
+    x, ys, _, table, rows, columns = operands(case, 8, 8 if case.siblings == 1 else 8192, 1)
+    whole.linear(x, ys[0], table, rows, columns[0], case.weight)
+
+
+def whole_embedding(case, tiles):
+    _, ys, _, table, rows, columns = operands(case, 8, 8192, 1)
+    ids = tensor(8192, dtype=torch.int64 if case.siblings > 1 else torch.int32)
+    whole.embedding(ids, ys[0], table, rows, columns[0], case.weight)
+
+
 KERNELS = {
     "decode.shrink": (decode, "shrink_kernel", decode_shrink),
     "decode.expand": (decode, "expand_kernel", decode_expand),
     "prefill.shrink": (prefill, "shrink_kernel", prefill_shrink),
     "prefill.expand": (prefill, "expand_kernel", prefill_expand),
     "embedding.lookup": (embedding, "lookup_kernel", embedding_lookup),
+    "whole.linear": (whole, "linear_kernel", whole_linear),
+    "whole.embedding": (whole, "embedding_kernel", whole_embedding),
 }
 
 

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).parent / "ahead_of_time.py"
-# Lookup is compiled in an instant, and has no tiles.
-KERNELS = [("decode.shrink", "decode.expand"), ("prefill.shrink",), ("prefill.expand", "embedding.lookup")]
+KERNELS = [
+    ("decode.shrink", "decode.expand"),
+    ("prefill.shrink",),
+    # Lookups are compiled in an instant, and have no tiles.
+    ("prefill.expand", "embedding.lookup", "whole.embedding"),
+    ("whole.linear",),
+]
 
 
 @pytest.mark.slow

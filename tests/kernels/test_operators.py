@@ -43,6 +43,12 @@ def test_expand_is_a_proper_operator(case, test):
     torch.library.opcheck(torch.ops.lorakit_kernels.expand_.default, arguments, test_utils=test)
 
 
+@pytest.mark.parametrize("test", TESTS)
+def test_replace_is_a_proper_operator(case, test):
+    arguments = (case.ys[0], case.x, case.table, case.plan, case.columns[0], FP32)
+    torch.library.opcheck(torch.ops.lorakit_kernels.replace_.default, arguments, test_utils=test)
+
+
 @pytest.mark.parametrize("per_row", [1, 40], ids=["decode", "prefill"])
 def test_fake_tensors_have_the_shapes_of_real_ones(device, per_row):
     case = batch(device, slots=[1, 0], ranks=[(17, 8), (1, 16)], outs=[40, 24], in_features=777, per_row=per_row)

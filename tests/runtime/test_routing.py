@@ -66,8 +66,8 @@ class Family:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 @torch.no_grad()
 def test_logits_in_a_mixed_batch_equal_pefts(name):
-    family = Family(name, ["lora", "dora", "embeddings"])
-    ids = ["dora", None, "embeddings", "lora", "dora"]
+    family = Family(name, ["lora", "dora", "embeddings", "saved", "biases"])
+    ids = ["dora", None, "embeddings", "saved", "lora", "biases", "dora"]
     first = family.check(ids)
     assert torch.equal(family.check(ids), first)
 

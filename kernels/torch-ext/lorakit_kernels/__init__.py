@@ -12,16 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from .entries import entry
 from .plan import plan
-from .stacked import Stack, stacked_lora
+from .stacked import Stack, Whole, replaced, stacked_lora
 
 if TYPE_CHECKING:
-    from .sgmv import expand_, lookup, shrink
+    from .sgmv import expand_, lookup, replace_, shrink
 
-__all__ = ["Stack", "entry", "expand_", "lookup", "plan", "shrink", "stacked_lora"]
+_BY_TRITON = ("expand_", "lookup", "replace_", "shrink")
+
+__all__ = [
+    "Stack",
+    "Whole",
+    "entry",
+    "expand_",
+    "lookup",
+    "plan",
+    "replace_",
+    "replaced",
+    "shrink",
+    "stacked_lora",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("expand_", "lookup", "shrink"):
+    if name in _BY_TRITON:
         from . import sgmv
 
         return globals().setdefault(name, getattr(sgmv, name))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """One adapter at one module: y ← c ⊙ (y + s · B A x) + d.
+    """One adapter at one module: y ← c ⊙ (y + s · B A x) + d, or y ← s · w x + d.
 
     Attributes:
         a: (r, in), or (vocabulary, r) for an embedding.
@@ -22,6 +22,7 @@ class Weights:
         scale: s.
         c: (out,) or None for ones.
         d: (out,) or None for zeros.
+        w: (out, in), or (vocabulary, out) for an embedding; None for the base's.
     """
 
     a: Tensor | None = None
@@ -29,6 +30,7 @@ class Weights:
     scale: float = 1.0
     c: Tensor | None = None
     d: Tensor | None = None
+    w: Tensor | None = None
 
 
 def sgmv(
@@ -59,6 +61,9 @@ def sgmv(
         adapter = weights.get(slot)
         if slot < 0 or adapter is None:
             continue
+        if adapter.w is not None:
+            w = adapter.w.to(dtype)
+            out[row] = adapter.scale * (w[rows[row]] if embedding else rows[row].to(dtype) @ w.T)
         if adapter.a is not None and adapter.b is not None:
             a = adapter.a.to(dtype)
             sums = a[rows[row]] if embedding else rows[row].to(dtype) @ a.T

@@ -149,6 +149,8 @@ def _(ys, h, table, plan, columns, weight):
 def replace_(y: Tensor, x: Tensor, table: Tensor, plan: Tensor, column: int, weight: torch.dtype) -> None:
     """Writes s · w x + d to y, for every row whose adapter brings a whole weight; others keep their bits.
 
+    At an embedding, w x is a row of w, and there is no d.
+
     Args:
         y: (tokens, out) of x's dtype, or of any for ids; contiguous. What stands there is not used.
         x: (tokens, in) fp32, bf16 or fp16, contiguous; or (tokens,) ids of an embedding, int32 or int64.

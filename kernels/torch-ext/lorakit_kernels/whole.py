@@ -28,7 +28,6 @@ _FEW = 16
 """Tokens of a tile where rows bring no more than these."""
 _MANY = 64
 _BLOCK_N = 64
-_BLOCK_K = 64
 _BLOCK_T = 32
 
 
@@ -48,9 +47,11 @@ def linear_kernel(
         w = tl.multiple_of(address.to(tl.pointer_type(WEIGHT)), 16)
         scale = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
         d = tl.load(entry + 3)
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        line = tl.arange(0, BLOCK_N)
+        n = tl.program_id(0) * BLOCK_N + line
         k = tl.arange(0, BLOCK_K)
-        lines = w + n.to(tl.int64)[None, :] * in_features
+        # An output layer has more elements than 32 bits count; a block of its channels has fewer.
+        block = w + tl.program_id(0).to(tl.int64) * BLOCK_N * in_features
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for first in range(0, in_features, BLOCK_K):
             columns = first + k
@@ -59,8 +60,9 @@ def linear_kernel(
                 mask=inside[:, None] & (columns < in_features)[None, :], other=0.0,
             )  # fmt: skip
             weights = tl.load(
-                lines + columns[:, None], mask=(n < out)[None, :] & (columns < in_features)[:, None], other=0.0
-            )
+                block + ((line * in_features)[None, :] + columns[:, None]),
+                mask=(n < out)[None, :] & (columns < in_features)[:, None], other=0.0,
+            )  # fmt: skip
             sums = product(values, weights, sums, EXACT)
         sums = sums * scale
         if d != 0:
@@ -98,13 +100,14 @@ def linear(x: Tensor, y: Tensor, table: Tensor, plan: Tensor, column: int, weigh
     tokens, rows = x.shape[0], plan.shape[0]
     per_row = tokens // rows
     block = _FEW if per_row <= _FEW else _MANY
+    exact = x.dtype == weight and takes_as_is(weight)
     launch(
         linear_kernel, (triton.cdiv(y.shape[-1], _BLOCK_N), tokens // block + rows),
         x, y, table, plan, rows, per_row, x.shape[-1], y.shape[-1], table.stride(0), column,
-        WEIGHT=weight_type(weight), BLOCK_M=block, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,
+        WEIGHT=weight_type(weight), BLOCK_M=block, BLOCK_N=_BLOCK_N, BLOCK_K=64 if exact else 32,
         ROWS_POWER=triton.next_power_of_2(rows), WORDS=WORDS, COLUMNS=COLUMNS,
-        EXACT=x.dtype == weight and takes_as_is(weight),
-        device=x.device, num_warps=4, num_stages=3,
+        EXACT=exact,
+        device=x.device, num_warps=4 if block == _FEW else 8, num_stages=3,
     )  # fmt: skip
 
 
