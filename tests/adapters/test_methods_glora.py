@@ -103,6 +103,13 @@ def test_a_missing_tensor_is_named(tmp_path, letter):
         form_of(folder)
 
 
+def test_a_tensor_without_use_is_refused(tmp_path):
+    folder = _folder(tmp_path, config_C="lora", r=1)
+    edit_tensors(folder, lambda t: t.update({key_of(t, "q_proj.glora_D").replace("_D.X", "_D.Xd"): torch.ones(32, 1)}))
+    with pytest.raises(CheckpointError, match=r"q_proj has a glora_D\.Xd, which"):
+        form_of(folder)
+
+
 def test_what_stands_for_nothing_must_be_zero(tmp_path):
     folder = _folder(tmp_path, config_A_B="none")
     edit_tensors(folder, lambda tensors: tensors[key_of(tensors, "glora_B")].fill_(1))

@@ -25,7 +25,7 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods.linears import linear_at
 from lorakit.adapters.methods.options import Option, check_config, is_whole, rank
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import check_items, check_shape, module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import CheckpointError, MissingDependencyError
 
@@ -66,12 +66,7 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     """
     source, place = checkpoint.source, linear_at(checkpoint, base, path)
     count = min(checkpoint.config["num_subspaces"], place.out_features)
-    wanted = {_V, *(f"adamss_{letter}.{i}" for letter in "AB" for i in range(count))}
-    if items.keys() != wanted:
-        odd = min(items.keys() ^ wanted)
-        raise CheckpointError(
-            f"{source}: {path} {'lacks' if odd in wanted else 'should not have'} {odd}; save the adapter again."
-        )
+    check_items(checkpoint, path, items, [_V, *(f"adamss_{letter}.{i}" for letter in "AB" for i in range(count))])
     v, clusters = _decomposition(checkpoint, base, path, count)
     check_shape(source, f"{_V} of {path}", items[_V], tuple(v.shape))
     if (torch.linalg.vector_norm(items[_V].float() - v, dim=1) > _SAME).any():

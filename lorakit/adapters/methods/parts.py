@@ -69,6 +69,29 @@ def parts_of(
     return Parts(dict(modules), common)
 
 
+def check_items(checkpoint: Checkpoint, path: str, items: Collection[str], wanted: Collection[str]) -> None:
+    """Refuses a module that has other tensors than its configuration calls for.
+
+    Args:
+        checkpoint: the checkpoint.
+        path: the module's path.
+        items: the ends of the keys that it has.
+        wanted: those that it should have.
+
+    Raises:
+        CheckpointError: naming the first that is missing, or for which there is no use.
+    """
+    missing = [item for item in wanted if item not in items]
+    if missing:
+        raise CheckpointError(f"{checkpoint.source}: {path} has no {missing[0]}; the file is incomplete.")
+    surplus = [item for item in items if item not in wanted]
+    if surplus:
+        raise CheckpointError(
+            f"{checkpoint.source}: {path} has a {surplus[0]}, which its configuration has no use for; "
+            "save the adapter again."
+        )
+
+
 def check_shape(source: str, what: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
     """Refuses a tensor of another shape than its configuration and the base want.
 
