@@ -50,9 +50,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     seed = Option("random_seed", is_whole, "a whole number of at most 31 bits")
     check_config(checkpoint, AdamssConfig, [rank("r"), rank("num_subspaces"), seed], harmless=_TRAINING)
     numbered = {match[0] for key in checkpoint.tensors if (match := re.search(r"adamss_[AB]\.\d+$", key))}
-    grouped = parts_of(checkpoint, base, "an AdaMSS", [_V, *sorted(numbered)]).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("adamss", modules, dict(checkpoint.config), dict(checkpoint.tensors), uses_base_weights=True)
+    grouped = parts_of(checkpoint, base, "an AdaMSS", [_V, *sorted(numbered)])
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("adamss", modules, dict(checkpoint.config), grouped.kept, uses_base_weights=True)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:

@@ -31,12 +31,10 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     alpha = Option("alpha", is_number, "a number that fp32 can hold")
     options = [rank("r"), _METHOD, alpha, flag("para")]
     check_config(checkpoint, DeftConfig, options, harmless="init_scale deft_dropout init_weights")
-    modules = {
-        path: _module(checkpoint, base, path, items)
-        for path, items in parts_of(checkpoint, base, "a DEFT", [_P, _R]).modules.items()
-    }
+    grouped = parts_of(checkpoint, base, "a DEFT", [_P, _R])
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
     method = "para" if checkpoint.config.get("para") else "deft"
-    return AdapterForm(method, modules, dict(checkpoint.config), dict(checkpoint.tensors), uses_base_weights=True)
+    return AdapterForm(method, modules, dict(checkpoint.config), grouped.kept, uses_base_weights=True)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:

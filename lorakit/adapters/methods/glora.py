@@ -39,10 +39,11 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     choices = [_choice(f"config_{name}") for name in ("A_B", "C", "D_E")]
     check_config(checkpoint, GloraConfig, [rank("r"), *choices], harmless="init_weights")
     endings = [f"glora_{path}.{ending}" for path in "ABCDE" for ending in ("X", "Xd", "Xu", "zeros")]
+    grouped = parts_of(checkpoint, base, "a GLoRA", endings)
     modules = {}
-    for path, items in parts_of(checkpoint, base, "a GLoRA", endings).modules.items():
+    for path, items in grouped.modules.items():
         modules[path] = _module(checkpoint, base, path, items)
-    return AdapterForm("glora", modules, dict(config), dict(checkpoint.tensors), uses_base_weights=True)
+    return AdapterForm("glora", modules, dict(config), grouped.kept, uses_base_weights=True)
 
 
 def _choice(name: str) -> Option:

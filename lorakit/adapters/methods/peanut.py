@@ -45,9 +45,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
             "train with another activation."
         )
     layers = [f"peanut_{kind}.{i}.weight" for kind in ("encoders", "decoders") for i in range(config["depth"])]
-    grouped = parts_of(checkpoint, base, "a PEANuT", ["peanut_A.weight", "peanut_B.weight", *layers]).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("peanut", modules, dict(config), dict(checkpoint.tensors), uses_base_weights=True)
+    grouped = parts_of(checkpoint, base, "a PEANuT", ["peanut_A.weight", "peanut_B.weight", *layers])
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("peanut", modules, dict(config), grouped.kept, uses_base_weights=True)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:

@@ -43,10 +43,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
             f"{checkpoint.source}: POLY with n_tasks={checkpoint.config['n_tasks']} is not served: each task has its "
             "own mixture of the skills, so a task id is needed, which an adapter's configuration does not give."
         )
-    grouped = parts_of(checkpoint, base, "a Poly", (_A, _B, _LOGITS)).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    extras = {f"{path}.{item}": tensor for path, items in grouped.items() for item, tensor in items.items()}
-    return AdapterForm("poly", modules, dict(checkpoint.config), extras)
+    grouped = parts_of(checkpoint, base, "a Poly", (_A, _B, _LOGITS))
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("poly", modules, dict(checkpoint.config), grouped.kept)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:

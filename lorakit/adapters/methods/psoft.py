@@ -51,9 +51,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     ]
     check_config(checkpoint, PsoftConfig, options, harmless="psoft_dropout init_weights")
     endings = [f"psoft_R.{name}" for name in ("weight", "vector_a", "vector_b")]
-    grouped = parts_of(checkpoint, base, "a PSOFT", endings).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("psoft", modules, dict(checkpoint.config), dict(checkpoint.tensors), uses_base_weights=True)
+    grouped = parts_of(checkpoint, base, "a PSOFT", endings)
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("psoft", modules, dict(checkpoint.config), grouped.kept, uses_base_weights=True)
 
 
 def _rounds(name: str) -> Option:

@@ -53,7 +53,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         for index, (path, key) in enumerate(zip(paths, keys, strict=True))
     }
     saved = bool(config.get("save_projection", True))
-    return AdapterForm("tinylora", modules, dict(config), dict(checkpoint.tensors), uses_base_weights=not saved)
+    return AdapterForm("tinylora", modules, dict(config), grouped.kept, uses_base_weights=not saved)
 
 
 def _groups(modules: int, tying: float) -> list[int]:

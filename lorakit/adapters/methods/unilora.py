@@ -59,7 +59,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         return (theta.double()[indices] * scales.double()).float()
 
     modules = {path: module_form(place, factor(path, "A"), factor(path, "B")) for path, place in places.items()}
-    return AdapterForm("unilora", modules, dict(config), dict(checkpoint.tensors), uses_base_weights=not saved)
+    return AdapterForm("unilora", modules, dict(config), grouped.kept, uses_base_weights=not saved)
 
 
 def _places(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str]) -> dict[str, Place]:

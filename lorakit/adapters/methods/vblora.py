@@ -46,7 +46,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     bank = grouped.shared[_BANK]
     check_shape(source, "the vector bank", bank, (config["num_vectors"], config["vector_length"]))
     modules = {path: _module(checkpoint, base, path, tensors, bank) for path, tensors in grouped.modules.items()}
-    return AdapterForm("vblora", modules, dict(config), dict(checkpoint.tensors))
+    return AdapterForm("vblora", modules, dict(config), grouped.kept)
 
 
 def _items(checkpoint: Checkpoint) -> list[str]:

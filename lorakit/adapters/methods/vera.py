@@ -106,7 +106,7 @@ def convert_as(kind: Kind, checkpoint: Checkpoint, base: BaseModel) -> AdapterFo
         )
 
     modules = {path: form(path, place) for path, place in places.items()}
-    return AdapterForm(prefix, modules, dict(config), dict(checkpoint.tensors), uses_base_weights=not saved)
+    return AdapterForm(prefix, modules, dict(config), grouped.kept, uses_base_weights=not saved)
 
 
 def _drawn(
