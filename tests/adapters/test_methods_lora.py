@@ -15,7 +15,8 @@ from architectures import ARCHITECTURES, METHODS
 from compatibility import refused
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, LoraModel, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_folders import CONFIG, base_of, edit_config, edit_tensors, key_of, relative, save, small, tenant_of, tree
 from torch import nn
 
@@ -24,6 +25,8 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import convert
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import FAMILIES, lora_options
+from lorakit.adapters.methods.targets import targeted
+from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import (
     CheckpointError,
     LorakitError,
@@ -419,6 +422,41 @@ def test_all_linear_must_be_met_whole(tmp_path):
     edit_tensors(folder, lambda tensors: [drop(tensors, "1.mlp.down_proj.") for _ in "ab"])
     with pytest.raises(CheckpointError, match="lack 1 of the modules .*'model.layers.1.mlp.down_proj'"):
         form_of(folder)
+
+
+@pytest.mark.parametrize("excluded", [["down_proj"], ["layers.0.mlp.up_proj", "lm_head"], r".*\.0\..*"], ids=str)
+def test_exceptions_of_all_linear_are_pefts(tmp_path, excluded):
+    """PEFT saves the names in its place, and takes both."""
+    tenant = small(target_modules="all-linear", exclude_modules=excluded)
+    folder = save(tenant, tmp_path / "tenant")
+    expected = form_of(folder).modules.keys()
+    assert len(expected) < 14
+    edit_config(folder, target_modules="All-Linear")
+    assert form_of(folder).modules.keys() == expected
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base_of()), folder).base_model.model
+    assert {path for path, module in loaded.named_modules() if isinstance(module, BaseTunerLayer)} == expected
+    edit_config(folder, exclude_modules=None)
+    with pytest.raises(CheckpointError, match="the weights lack"):
+        form_of(folder)
+
+
+def test_layers_of_all_linear_are_refused_as_by_peft(tmp_path):
+    folder = save(small(target_modules="all-linear"), tmp_path / "tenant")
+    edit_config(folder, target_modules="all-linear", layers_to_transform=[0])
+    with pytest.raises(CheckpointError, match="PEFT does not take .*layers_to_transform"):
+        form_of(folder)
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        PeftConfig.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_all_linear_leaves_out_the_classifier_where_peft_does(name, task_type):
+    config = {"target_modules": "all-linear", "task_type": task_type}
+    tuned = LoraModel(copy.deepcopy(base_of(name)), LoraConfig(**config), "default").model
+    adapted = {path for path, module in tuned.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert targeted(Checkpoint("tenant", config, {}), BaseModel.of(base_of(name))) == adapted
+    assert ("classifier" in adapted) == (name == "bert" and task_type is None)
 
 
 @pytest.mark.parametrize(

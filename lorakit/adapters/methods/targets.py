@@ -71,11 +71,16 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
 def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The places that PEFT would adapt."""
     config = checkpoint.config
-    if isinstance(config["target_modules"], str) and config["target_modules"].lower() == "all-linear":
-        return base.all_linear
-    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    targets = config["target_modules"]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        # PEFT puts their names in its place, and only then looks at exceptions.
+        targets = base.all_linear - ({base.classifier} if config.get("task_type") == "SEQ_CLS" else set())
+    fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
     matcher = SimpleNamespace(
-        modules_to_save=None, target_parameters=None, **{field: config.get(field) for field in fields}
+        target_modules=targets,
+        modules_to_save=None,
+        target_parameters=None,
+        **{field: config.get(field) for field in fields},
     )
     try:
         return frozenset(path for path in base.places if check_target_module_exists(matcher, path))
