@@ -88,6 +88,14 @@ def test_a_value_that_cannot_be_is_refused(tmp_path, option):
         form_of(folder)
 
 
+def test_a_bound_that_is_not_given_is_none_as_for_peft(tmp_path):
+    folder = _folder(tmp_path)
+    expected = form_of(folder)
+    edit_config(folder, cayley_neumann_eps=...)
+    form = form_of(folder)
+    assert all(torch.equal(form.modules[path].b, module.b) for path, module in expected.modules.items())
+
+
 def test_a_random_projection_without_its_seed_is_refused(tmp_path):
     folder = _folder(tmp_path, psoft_svd="lowrank")
     edit_config(folder, random_seed=...)

@@ -109,7 +109,7 @@ def _rotation(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
         mag_a=config["psoft_mag_a"],
         use_cayley_neumann=config["use_cayley_neumann"],
         num_cayley_neumann_terms=config["num_cayley_neumann_terms"],
-        cayley_neumann_eps=config["cayley_neumann_eps"],
+        cayley_neumann_eps=config.get("cayley_neumann_eps"),
     ).double()
     layer.load_state_dict({item.removeprefix("psoft_R."): tensor for item, tensor in tensors.items()})
     with torch.no_grad():
