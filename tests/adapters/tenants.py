@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from architectures import ARCHITECTURES
 from compatibility import places_of, served
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft_folders import base_of, relative, save
+from peft_folders import Tensors, base_of, edit_config, edit_tensors, relative, save
 from safetensors.torch import load_file
 
 from lorakit import MultiLoraModel
@@ -78,6 +78,31 @@ def tenant_with(config: PeftConfig, name: str = "llama", seed: int = 0, spread: 
 def form_of(source: Any, name: str = "llama") -> AdapterForm:
     """The source's canonical form over the base."""
     return convert("tenant", source, BaseModel.of(base_of(name)))
+
+
+def check_refused(
+    folder: Path,
+    error: type[Exception],
+    match: str,
+    config: Mapping[str, Any] | None = None,
+    tensors: Callable[[Tensors], Any] | None = None,
+    name: str = "llama",
+) -> None:
+    """Holds that a saved checkpoint is refused once it is edited.
+
+    Args:
+        folder: the checkpoint; edited in place.
+        error: of this type.
+        match: what its message says.
+        config: fields of its configuration to change, as `edit_config` takes them.
+        tensors: changes its tensors in place, as for `edit_tensors`.
+        name: of the architecture.
+    """
+    edit_config(folder, **(config or {}))
+    if tensors is not None:
+        edit_tensors(folder, tensors)
+    with pytest.raises(error, match=match):
+        form_of(folder, name)
 
 
 @torch.no_grad()
