@@ -25,6 +25,7 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import convert
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import FAMILIES, lora_options
+from lorakit.adapters.methods.options import COMMON
 from lorakit.adapters.methods.targets import targeted
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import (
@@ -142,9 +143,12 @@ def test_the_default_config_of_the_installed_peft_converts(folder):
     assert form_of(folder).method == "lora"
 
 
+KNOWN = COMMON | {"bias", *lora_options._HARMLESS.split(), *(option.name for option in lora_options._OPTIONS)}
+
+
 @pytest.mark.parametrize("field", sorted(field.name for field in dataclasses.fields(LoraConfig)))
 def test_every_field_of_lora_config_is_known_or_refused_when_set(folder, field):
-    if field in lora_options._HARMLESS:
+    if field in KNOWN:
         assert field not in lora_options._REFUSED
         return
     edit_config(folder, **{field: {"a": 1}})
@@ -164,7 +168,7 @@ def test_no_field_is_called_harmless_that_this_list_does_not_name():
         "given by the base": "fan_in_fan_out ensure_weight_tying",
         "parts of refused options": "megatron_core",
     }
-    assert set(" ".join(looked_at.values()).split()) == lora_options._HARMLESS
+    assert set(" ".join(looked_at.values()).split()) == KNOWN
 
 
 @pytest.mark.parametrize(

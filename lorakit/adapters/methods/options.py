@@ -122,6 +122,7 @@ def check_config(
     *,
     harmless: str = "",
     refused: Mapping[str, str] = WHOLE_TENSORS,
+    empty: Collection[str] = (),
 ) -> None:
     """Refuses a configuration that a family's formula would be wrong for, or that cannot be meant.
 
@@ -131,13 +132,14 @@ def check_config(
         options: what the family reads, beside the targets.
         harmless: more options that do not change what a trained adapter computes, separated by spaces.
         refused: options that do, and why they are not served.
+        empty: those of them that count as set by {} too.
 
     Raises:
         UnsupportedMethodError: an option that is refused or unknown is set; or the base's biases are replaced.
         CheckpointError: a value that cannot be.
     """
     options = [*options, *TARGETS]
-    refuse_set(checkpoint, refused)
+    refuse_set(checkpoint, refused, empty)
     refuse_bias(checkpoint)
     known = COMMON | {"bias", *harmless.split(), *(option.name for option in options), *refused}
     refuse_unknown(checkpoint, known)
