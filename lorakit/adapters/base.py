@@ -18,6 +18,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -62,6 +63,7 @@ class BaseModel:
         architecture: its transformers class, for example "LlamaForCausalLM".
         places: module path → `Place`, for every module that can carry an adapter.
         all_linear: the paths that PEFT means by target_modules="all-linear": every linear but the output's.
+        classifier: the path of the head that it leaves out too for the task type "SEQ_CLS"; None where there is none.
     """
 
     def __init__(self, model: nn.Module, weights: _Weights, base_id: str) -> None:
@@ -70,6 +72,7 @@ class BaseModel:
         self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         self.places: Mapping[str, Place] = places(model)
         self.all_linear = _all_linear(model)
+        self.classifier = _classifier(model)
         self.parameters = {name: tuple(p.shape) for name, p in _base_parameters(model)}
         self._weights = weights
 
@@ -271,13 +274,24 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _all_linear(model: nn.Module) -> frozenset[str]:
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
+    output = _output(model)
     inner = getattr(output, "get_base_layer", None)
     output = inner() if callable(inner) else output
     return frozenset(
         path for path, module in base_modules(model) if isinstance(module, nn.Linear | Conv1D) and module is not output
     )
+
+
+def _classifier(model: nn.Module) -> str | None:
+    """As peft.tuners.tuners_utils._maybe_include_all_linear_layers finds it: where a model has no output embedding."""
+    heads = SEQ_CLS_HEAD_NAMES if _output(model) is None else ()
+    return next((name for name in heads if getattr(model, name, None) is not None), None)
+
+
+def _output(model: nn.Module) -> nn.Module | None:
+    get_output = getattr(model, "get_output_embeddings", None)
+    output: nn.Module | None = get_output() if callable(get_output) else None
+    return output
 
 
 def _refuse_changed(model: nn.Module) -> None:

@@ -105,7 +105,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
 
 
 def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
-    """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported."""
+    """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported, without copies of the base."""
     family = _family(str(form.config["peft_type"]).upper())
     tensors = family.restore(form) if hasattr(family, "restore") else form.extras
     return {full_key(key): tensor for key, tensor in whole.give_back(form, tensors).items()}

@@ -56,9 +56,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         # use_effective_conv2d concerns convolutions alone, which are no places here.
         harmless="init_weights rank_dropout rank_dropout_scale module_dropout use_effective_conv2d",
     )
-    grouped = parts_of(checkpoint, base, "a LoKr", (*_FIRST, *_SECOND)).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("lokr", modules, dict(checkpoint.config), dict(checkpoint.tensors))
+    grouped = parts_of(checkpoint, base, "a LoKr", (*_FIRST, *_SECOND))
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("lokr", modules, dict(checkpoint.config), grouped.kept)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:

@@ -42,9 +42,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         )
     options = [rank("r"), rank("mini_r")] if mini else [rank("r")]
     check_config(checkpoint, MissConfig, options, harmless="init_weights miss_dropout mini_r")
-    grouped = parts_of(checkpoint, base, "a MiSS", [_ITEM]).modules
-    modules = {path: _module(checkpoint, base, path, items, mini) for path, items in grouped.items()}
-    return AdapterForm("miss", modules, dict(checkpoint.config), dict(checkpoint.tensors))
+    grouped = parts_of(checkpoint, base, "a MiSS", [_ITEM])
+    modules = {path: _module(checkpoint, base, path, items, mini) for path, items in grouped.modules.items()}
+    return AdapterForm("miss", modules, dict(checkpoint.config), grouped.kept)
 
 
 def _module(

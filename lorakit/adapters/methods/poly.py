@@ -18,8 +18,9 @@ from peft.tuners.poly.router import EPS
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
+from lorakit.adapters.methods.linears import tensors_at
 from lorakit.adapters.methods.options import Option, check_config, rank
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import module_form, parts_of
 from lorakit.adapters.methods.targets import place_at
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import CheckpointError, UnsupportedMethodError
@@ -42,28 +43,27 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
             f"{checkpoint.source}: POLY with n_tasks={checkpoint.config['n_tasks']} is not served: each task has its "
             "own mixture of the skills, so a task id is needed, which an adapter's configuration does not give."
         )
-    grouped = parts_of(checkpoint, base, "a Poly", (_A, _B, _LOGITS)).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    extras = {f"{path}.{item}": tensor for path, items in grouped.items() for item, tensor in items.items()}
-    return AdapterForm("poly", modules, dict(checkpoint.config), extras)
+    grouped = parts_of(checkpoint, base, "a Poly", (_A, _B, _LOGITS))
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("poly", modules, dict(checkpoint.config), grouped.kept)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
     source, config, place = checkpoint.source, checkpoint.config, place_at(checkpoint, base, path)
-    missing = [item for item in (_A, _B, _LOGITS) if item not in items]
-    if missing:
-        raise CheckpointError(f"{source}: {path} has no {missing[0]}; the file is incomplete.")
     if place.transposed:
         raise UnsupportedMethodError(f"{source}: PEFT has no POLY for {path}, which is no nn.Linear.")
     r, skills, splits = config["r"], config["n_skills"], config["n_splits"]
     if place.in_features % splits or place.out_features % splits:
         raise CheckpointError(f"{source}: n_splits={splits} does not divide the inputs and outputs of {path}.")
-    check_shape(source, f"A of {path}", items[_A], (splits, skills, place.in_features // splits, r))
-    check_shape(source, f"B of {path}", items[_B], (splits, skills, r, place.out_features // splits))
-    check_shape(source, f"the router of {path}", items[_LOGITS], (1, splits * skills))
+    shapes = {
+        _A: (splits, skills, place.in_features // splits, r),
+        _B: (splits, skills, r, place.out_features // splits),
+        _LOGITS: (1, splits * skills),
+    }
+    tensors = tensors_at(checkpoint, path, items, shapes)
 
-    gates = torch.sigmoid(items[_LOGITS].double()).view(splits, skills)
+    gates = torch.sigmoid(tensors[_LOGITS]).view(splits, skills)
     weights = gates / (gates.sum(dim=-1, keepdim=True) + EPS)
-    a = torch.einsum("qs,qsdr->rqd", weights, items[_A].double()).reshape(r, -1)
-    b = torch.einsum("qs,qsrd->qdr", weights, items[_B].double()).reshape(-1, r)
+    a = torch.einsum("qs,qsdr->rqd", weights, tensors[_A]).reshape(r, -1)
+    b = torch.einsum("qs,qsrd->qdr", weights, tensors[_B]).reshape(-1, r)
     return module_form(place, a.float(), b.float(), 1 / r)

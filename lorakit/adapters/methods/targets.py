@@ -71,10 +71,14 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
 def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The places that PEFT would adapt: of norms none, whatever a pattern matches."""
     config = checkpoint.config
-    if isinstance(config["target_modules"], str) and config["target_modules"].lower() == "all-linear":
-        return base.all_linear
-    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    matcher = SimpleNamespace(target_parameters=None, **{field: config.get(field) for field in fields})
+    targets = config["target_modules"]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        # PEFT puts their names in its place, and only then looks at exceptions.
+        targets = base.all_linear - ({base.classifier} if config.get("task_type") == "SEQ_CLS" else set())
+    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    matcher = SimpleNamespace(
+        target_modules=targets, target_parameters=None, **{field: config.get(field) for field in fields}
+    )
     try:
         return frozenset(
             path
