@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, METHODS
+from architectures import ARCHITECTURES, FACTORS
 from compatibility import refused
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -60,7 +60,7 @@ def dora_folder(tmp_path):
 # Exactness, in fp64
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt", "t5"])
 @torch.no_grad()
 def test_the_form_is_what_peft_merges(name, method):
