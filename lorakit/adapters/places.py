@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,10 +45,14 @@ def place_of(module: nn.Module) -> Place | None:
         return Place("linear", module.nx, module.nf, transposed=True)
     width, height = getattr(module, "in_features", None), getattr(module, "out_features", None)
     # A container may report sizes too; what multiplies has tensors of its own, packed ones in buffers.
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    if isinstance(width, int) and isinstance(height, int) and own:
+    if isinstance(width, int) and isinstance(height, int) and own_tensors(module):
         return Place("linear", width, height, transposed=False)
     return None
+
+
+def own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """A module's parameters and buffers, without those of the modules inside it."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def places(model: nn.Module) -> dict[str, Place]:
