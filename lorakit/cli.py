@@ -68,6 +68,7 @@ def inspect(
 ) -> None:
     """Show what a bank holds; only its index is read."""
     from lorakit.adapters.bank import AdapterBank
+    from lorakit.adapters.quantised import in_words
 
     opened = AdapterBank.open(bank)
     if adapter is None:
@@ -76,7 +77,8 @@ def inspect(
     entry = opened[adapter]
     rows = [[m.path, m.kind, m.in_features, m.out_features, m.rank, f"{m.scale:g}"] for m in entry.layout.modules]
     dtype = str(entry.dtype).removeprefix("torch.")
-    title = f"{entry.name}: {entry.method}, {dtype}, {human_bytes(entry.nbytes)}, from {entry.source}"
+    made = f", computed from a base {in_words(entry.base_quantisation)}" if entry.uses_base_weights else ""
+    title = f"{entry.name}: {entry.method}, {dtype}, {human_bytes(entry.nbytes)}, from {entry.source}{made}"
     make_console().print(table(title, ["module", "kind", "in", "out", "rank", "scale"], rows))
 
 
@@ -343,7 +345,8 @@ def _show(bank: Any) -> None:
     for entry in info.adapters:
         ranks, dtype = "/".join(map(str, entry.ranks)), str(entry.dtype).removeprefix("torch.")
         size = human_bytes(entry.nbytes)
-        rows.append([entry.name, entry.method, ranks, len(entry.modules), dtype, size, entry.source])
+        method = f"{entry.method} on {entry.base_quantisation}" if entry.base_quantisation else entry.method
+        rows.append([entry.name, method, ranks, len(entry.modules), dtype, size, entry.source])
     dead = f", {human_bytes(info.dead_nbytes)} of it removed" if info.dead_nbytes else ""
     base = Path(info.base_id)
     if base.is_absolute() and base.is_relative_to(Path.cwd()):

@@ -1,5 +1,6 @@
 """The command: every mistake of a user is one sentence on standard error that says what to do, and exit code 2."""
 
+import dataclasses
 import errno
 import importlib.util
 import os
@@ -114,6 +115,16 @@ def real(*args: object, stdin: str = "", **options) -> Outcome:
 # What works
 
 
+def test_inspect_tells_how_the_base_was_quantised(lorakit_, place):
+    bank = AdapterBank.open("bank")
+    form = dataclasses.replace(bank.form("law"), base_quantisation="gptq 4-bit group 128")
+    bank.add_forms([("tight", form, "here")])
+    assert "dora on gptq 4-bit group 128" in lorakit_("inspect", "bank").out
+    outcome = lorakit_("inspect", "bank", "tight")
+    assert "computed from a base quantised by gptq 4-bit group 128" in " ".join(outcome.out.split())
+    assert "computed" not in lorakit_("inspect", "bank", "sql").out
+
+
 def test_export_inspect_verify_and_back(lorakit_, place):
     outcome = lorakit_("export", "new", "sql", "legal=law")
     assert outcome.code == 0 and "2 adapters of" in outcome.out and outcome.err == ""
@@ -122,6 +133,7 @@ def test_export_inspect_verify_and_back(lorakit_, place):
     assert all(word in outcome.out for word in ("2 adapters of", "sql", "legal", "dora", "float32"))
     outcome = lorakit_("inspect", "new", "legal")
     assert "legal: dora, float32" in outcome.out and "model.layers.1.mlp.down_proj" in outcome.out
+    assert "computed from a base in full precision" in " ".join(outcome.out.split())
     assert "2 adapters are sound." in lorakit_("verify", "new").out
     assert "1 adapters are sound." in lorakit_("verify", "new", "sql").out
     outcome = lorakit_("export-peft", "new", "legal", "out")

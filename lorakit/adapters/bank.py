@@ -252,6 +252,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                 for extra in entry.extras
             },
             uses_base_weights=entry.uses_base_weights,
+            base_quantisation=entry.base_quantisation,
         )
 
     def _read(self, entry: AdapterEntry, nbytes: int) -> torch.Tensor:

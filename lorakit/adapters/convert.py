@@ -35,6 +35,8 @@ def convert(name: str, source: Source | Checkpoint, base: BaseModel, dtype: torc
     check_dtype(dtype)
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     form = convert_checkpoint(checkpoint, base)
+    if form.uses_base_weights:
+        form = dataclasses.replace(form, base_quantisation=base.quantisation)
     form.check_finite(name)
     if dtype is not None:
         form = cast(form, dtype)

@@ -92,6 +92,7 @@ class AdapterEntry:
         extras: the checkpoint's tensors that serving does not need, behind the extent.
         source: where it came from, as given when it was added.
         uses_base_weights: the form was computed from the base's weights and is right for that base only.
+        base_quantisation: how those weights were quantised, as `AdapterForm` has it.
         shard: the file that holds it.
         offset: its first byte in that file.
         sha256: of its whole range, extent and extras, in hexadecimal.
@@ -105,6 +106,7 @@ class AdapterEntry:
     extras: tuple[ExtraTensor, ...] = ()
     source: str = ""
     uses_base_weights: bool = False
+    base_quantisation: str = ""
     shard: str = ""
     offset: int = 0
     sha256: str = ""

@@ -103,6 +103,8 @@ class AdapterForm:
         extras: tensors of the checkpoint that the form does not hold as they were (DoRA's magnitudes, under their
             PEFT keys); kept so that the checkpoint can be written back, never loaded for serving.
         uses_base_weights: the conversion read the base's weights, so the form is right for that base only.
+        base_quantisation: how the weights that it read were quantised (`quantised.quantisation`); "" if they were not,
+            or if it read none.
     """
 
     method: str
@@ -110,6 +112,7 @@ class AdapterForm:
     config: Mapping[str, Any]
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
     uses_base_weights: bool = False
+    base_quantisation: str = ""
 
     @property
     def rank(self) -> int:

@@ -111,6 +111,7 @@ class Index:
                 "sha256": entry.sha256,
                 "source": entry.source,
                 "uses_base_weights": entry.uses_base_weights,
+                **({"base_quantisation": entry.base_quantisation} if entry.base_quantisation else {}),
             }
         facts = {
             name: {"nbytes": shard.nbytes, "payload_nbytes": shard.payload_nbytes}
@@ -227,6 +228,7 @@ def _entry(name: str, fields: Fields, tables: _Tables, shards: Mapping[str, Shar
         extras=shared("extras", tables.extras) if "extras" in fields.value else (),
         source=fields.text("source"),
         uses_base_weights=fields.flag("uses_base_weights"),
+        base_quantisation=fields.text("base_quantisation") if "base_quantisation" in fields.value else "",
         shard=fields.text("shard"),
         offset=fields.count("offset", least=8),
         sha256=sha256,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel, architecture_class
 from lorakit.adapters.layout import Extent
 from lorakit.adapters.peft_reader import Source
+from lorakit.adapters.quantised import in_words
 from lorakit.errors import (
     AdapterExistsError,
     AdapterIdsError,
@@ -114,6 +116,9 @@ class MultiLoraModel(nn.Module):
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
+        self._warned: set[str] = set()
+        for name in self.adapters:
+            self._compare_base(name)
 
     @classmethod
     def from_pretrained(
@@ -380,6 +385,7 @@ class MultiLoraModel(nn.Module):
         if name in self._local:
             return self._local[name][1]
         assert self.bank is not None
+        self._compare_base(name)  # it may have come into the bank after the model was made
         entry = self.bank[name]
         return ExtentReader(entry.layout, entry.dtype, partial(self.bank.read_into, name))
 
@@ -397,6 +403,23 @@ class MultiLoraModel(nn.Module):
                 check_placement(self.model, path)
             if path not in self._adapted:
                 self._adapted[path] = AdaptedModule(path, self.model.get_submodule(path))
+
+    def _compare_base(self, name: str) -> None:
+        """Warns of a bank's adapter that was computed from the base's weights as they are not here.
+
+        Once for each way in which a bank's bases were quantised.
+        """
+        assert self.bank is not None
+        entry, here = self.bank[name], self._base.quantisation
+        if entry.uses_base_weights and entry.base_quantisation not in {here, *self._warned}:
+            self._warned.add(entry.base_quantisation)
+            warnings.warn(
+                f"adapter {name!r} ({entry.method}) of the bank at {self.bank.path} was computed from the weights of "
+                f"the base {in_words(entry.base_quantisation)}, and is served on the base {in_words(here)}; so may "
+                "others be. It is not PEFT's adapter exactly, but off by as much as the two bases' weights are apart. "
+                "To be exact, export it again with this model as base_model.",
+                stacklevel=3,
+            )
 
     def _check_free(self, name: str) -> None:
         if name in self.adapters:

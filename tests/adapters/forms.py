@@ -93,7 +93,8 @@ def odd_form(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> AdapterForm:
         "base_model.model.empty": torch.zeros(0, 5, dtype=torch.float16),
         "base_model.model.double": torch.randn(3, 3, generator=generator, dtype=torch.float64),
     }
-    return AdapterForm("dora", modules, {"peft_type": "LORA", "use_dora": True, "r": 8}, extras, uses_base_weights=True)
+    config = {"peft_type": "LORA", "use_dora": True, "r": 8}
+    return AdapterForm("dora", modules, config, extras, uses_base_weights=True, base_quantisation="gptq 4-bit")
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -105,6 +106,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def assert_same_form(left: AdapterForm, right: AdapterForm) -> None:
     assert (left.method, left.uses_base_weights) == (right.method, right.uses_base_weights)
+    assert left.base_quantisation == right.base_quantisation
     assert dict(left.config) == dict(right.config)
     assert left.modules.keys() == right.modules.keys()
     for path, module in left.modules.items():

@@ -136,6 +136,7 @@ def test_broken_bytes_of_the_index(pristine: Path, scratch: Path, data: st.DataO
         (["adapters", "a", "offset"], 0, "offset"),
         (["adapters", "a", "nbytes"], 1 << 40, "nbytes"),
         (["adapters", "a", "dtype"], "float64", "dtype"),
+        (["adapters", "a", "base_quantisation"], 4, "base_quantisation"),
         (["adapters", "a", "layout"], "0" * 16, "layout"),
         (["adapters", "a", "layout"], ["x"], "layout"),
         (["adapters", "a", "sha256"], "F" * 64, "sha256"),
