@@ -94,7 +94,7 @@ class AdapterEntry:
         uses_base_weights: the form was computed from the base's weights and is right for that base only.
         shard: the file that holds it.
         offset: its first byte in that file.
-        sha256: of its whole range, extent and extras, in hexadecimal.
+        blake3: the hash of its whole range, extent and extras, in hexadecimal.
     """
 
     name: str
@@ -107,7 +107,7 @@ class AdapterEntry:
     uses_base_weights: bool = False
     shard: str = ""
     offset: int = 0
-    sha256: str = ""
+    blake3: str = ""
 
     @property
     def nbytes(self) -> int:
