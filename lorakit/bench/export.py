@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _by_number(sources: list[Path], base: LlamaForCausalLM) -> dict[str, Any]:
     found = {}
     for count in COUNTS:
         some = sources[:count]
-        seconds, processor = _timed(some, STATES[0], lambda to, some=some: export(some, to, base_model=base))
+        seconds, processor = _timed(some, STATES[0], partial(export, some, base_model=base))
         copied, _ = _timed(some, STATES[0], None)
         found[str(count)] = {
             "export_GB_per_s": _nbytes(some) / seconds / 1e9,
