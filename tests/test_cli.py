@@ -174,7 +174,7 @@ def test_merge(lorakit_, place):
     assert "4 adapters are sound." in lorakit_("verify", "bank").out
     assert lorakit_("export-peft", "bank", "mix", "out").code == 0
     assert lorakit_("export", "bank", "again=out", "--add").code == 0
-    assert AdapterBank.open("bank")["again"].sha256 == entry.sha256
+    assert AdapterBank.open("bank")["again"].blake3 == entry.blake3
 
 
 def test_sources_may_hold_equals_signs(lorakit_, place):

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.adapters.damage import WRONG_HASH, Damage, Progress, damages
+from lorakit.adapters.damage import WRONG_HASH, Damage, damages
 from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.folder import BankFolder
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.index import Index
 from lorakit.adapters.layout import Extent
 from lorakit.adapters.names import check_name, not_found
-from lorakit.adapters.shard import ShardFacts, ShardSeries, form_chunks
+from lorakit.adapters.packing import blocks
+from lorakit.adapters.shard import Progress, ShardFacts, ShardSeries
 from lorakit.adapters.sharing import Sharing
 from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedError, BankError
 
@@ -348,7 +349,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             _check_new(name, taken, index, overwrite)
         shared = Sharing(index)
         options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-        with ShardSeries(self.path, index.next_shard, **options) as series:
+        with ShardSeries(self.path, index.next_shard, progress=progress, **options) as series:
             for count, (name, form, source) in enumerate(items, start=1):
                 if not known:
                     _check_new(name, taken, index, overwrite)
@@ -357,9 +358,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                 longest = max(map(len, known[count:]), default=len(name) if known else len(name) + 8)
                 # Of an iterable of unknown length a hundred more are expected: what that wastes is small.
                 more = len(known) - count if known else 100
-                series.add(entry, form_chunks(entry, made), more, longest, partial(made.check_finite, name))
-                if progress:
-                    progress(name, entry.stored_nbytes)
+                series.add(entry, blocks(entry, made), more, longest)
             added, shards = series.finish()
             adapters = {**index.adapters, **{entry.name: entry for entry in added}}
             self._folder.replace_index(index.changed(adapters, shards))
@@ -414,7 +413,8 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         base = BaseModel.of(self.base_id if base_model is None else base_model, architecture=architecture)
         fingerprint.check(base, self.fingerprint, owner=f"the bank {str(self.path)!r}")
         items = [
-            (name, partial(convert, name, source, base, dtype), describe(source)) for name, source in sources.items()
+            (name, partial(convert, name, source, base, dtype, check_finite=False), describe(source))
+            for name, source in sources.items()
         ]
         self.add_forms(items, overwrite=overwrite, progress=progress)
 
@@ -505,16 +505,14 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             moved = [entry for entry in index.adapters.values() if entry.shard in partly]
             moved.sort(key=lambda entry: (entry.shard, entry.offset))
             longest = max((len(entry.name) for entry in moved), default=0)
-            with ShardSeries(self.path, index.next_shard) as series:
+            with ShardSeries(self.path, index.next_shard, progress=progress) as series:
                 for count, entry in enumerate(moved, start=1):
                     buffer = self._read(entry, entry.stored_nbytes)
                     series.add(entry, [buffer.numpy().data], len(moved) - count, longest)
-                    if progress:
-                        progress(entry.name, entry.stored_nbytes)
                 new, shards = series.finish()
                 for entry in new:
                     old = index.adapters[entry.name]
-                    if entry.sha256 != old.sha256:
+                    if entry.blake3 != old.blake3:
                         raise self._damaged(old, WRONG_HASH)
                 if new:
                     adapters = {**index.adapters, **{entry.name: entry for entry in new}}

@@ -95,7 +95,7 @@ class AdapterEntry:
         base_quantisation: how those weights were quantised, as `AdapterForm` has it.
         shard: the file that holds it.
         offset: its first byte in that file.
-        sha256: of its whole range, extent and extras, in hexadecimal.
+        blake3: the hash of its whole range, extent and extras, in hexadecimal.
     """
 
     name: str
@@ -109,7 +109,7 @@ class AdapterEntry:
     base_quantisation: str = ""
     shard: str = ""
     offset: int = 0
-    sha256: str = ""
+    blake3: str = ""
 
     @property
     def nbytes(self) -> int:

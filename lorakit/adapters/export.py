@@ -18,11 +18,11 @@ from lorakit.adapters import fingerprint
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import check_dtype, convert
-from lorakit.adapters.damage import Progress
 from lorakit.adapters.folder import check_free
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.names import check_name
 from lorakit.adapters.peft_reader import Checkpoint, Source, default_name, describe, read_checkpoint
+from lorakit.adapters.shard import Progress
 from lorakit.errors import AdapterExistsError, BankError, BaseModelMismatchError, BaseModelNotFoundError
 
 
@@ -70,7 +70,7 @@ def export(
         checkpoint = read_checkpoint(source)
         if base_model is None:
             _check_same_base(first, checkpoint)
-        return convert(name, checkpoint, base, dtype)
+        return convert(name, checkpoint, base, dtype, check_finite=False)
 
     # Made one at a time, as the bank takes them: a thousand adapters need not fit in memory.
     items = [(name, partial(make, name, source), describe(source)) for name, source in sources.items()]

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from lorakit.adapters.finite import is_finite
 from lorakit.errors import NonFiniteWeightsError
 
 Kind = Literal["linear", "embedding", "norm"]
@@ -130,8 +131,7 @@ class AdapterForm:
         """
         for path, module in self.modules.items():
             for item, tensor in module.tensors():
-                # A sum is finite only if every element is, save for overflow: one cheap pass, then the exact test.
-                if not math.isfinite(tensor.sum(dtype=torch.float32).item()) and not tensor.isfinite().all():
+                if not is_finite(tensor):
                     raise NonFiniteWeightsError(
                         f"adapter {name!r}: {named(item)} of {path} holds NaN or Inf. "
                         "Training diverged, or the file is damaged: export an earlier checkpoint."

@@ -24,10 +24,11 @@ from lorakit.adapters.names import is_name
 from lorakit.adapters.shard import ShardFacts, shard_number
 from lorakit.errors import BankError
 
-FORMAT_VERSION = 2
-"""2: B lies transposed. There are no banks of format 1 outside of development."""
+FORMAT_VERSION = 3
+"""3: adapters are hashed by BLAKE3, and may bring whole weights; 2: B lies transposed. There are no older banks outside
+of development."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLAKE3 = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
 
 
@@ -108,7 +109,7 @@ class Index:
                 "shard": entry.shard,
                 "offset": entry.offset,
                 "nbytes": entry.stored_nbytes,
-                "sha256": entry.sha256,
+                "blake3": entry.blake3,
                 "source": entry.source,
                 "uses_base_weights": entry.uses_base_weights,
                 **({"base_quantisation": entry.base_quantisation} if entry.base_quantisation else {}),
@@ -216,9 +217,9 @@ def _entry(name: str, fields: Fields, tables: _Tables, shards: Mapping[str, Shar
     if dtype is None or dtype not in WEIGHT_DTYPES:
         raise fields.wrong("dtype", "float32, bfloat16 or float16")
     shared("shard", shards)
-    sha256 = fields.text("sha256")
-    if not _SHA256.fullmatch(sha256):
-        raise fields.wrong("sha256", "64 hexadecimal digits")
+    blake3 = fields.text("blake3")
+    if not _BLAKE3.fullmatch(blake3):
+        raise fields.wrong("blake3", "64 hexadecimal digits")
     entry = AdapterEntry(
         name=name,
         method=fields.text("method", least=1),
@@ -231,7 +232,7 @@ def _entry(name: str, fields: Fields, tables: _Tables, shards: Mapping[str, Shar
         base_quantisation=fields.text("base_quantisation") if "base_quantisation" in fields.value else "",
         shard=fields.text("shard"),
         offset=fields.count("offset", least=8),
-        sha256=sha256,
+        blake3=blake3,
     )
     if entry.extras and entry.extras[0].offset < entry.nbytes:
         raise BankError(f"{fields.where}: its extras overlap its extent")

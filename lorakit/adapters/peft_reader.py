@@ -182,6 +182,7 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
 
 def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
     if (folder / SAFETENSORS).is_file():
+        _read_ahead(folder / SAFETENSORS)
         try:
             return load_file(folder / SAFETENSORS)
         except (SafetensorError, ValueError) as error:
@@ -189,6 +190,13 @@ def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
     if (folder / PICKLE).is_file():
         return _read_pickle(folder / PICKLE, source)
     raise CheckpointError(f"{source} holds neither {SAFETENSORS} nor {PICKLE}; save the adapter there again.")
+
+
+def _read_ahead(path: Path) -> None:
+    """Has the system read a file that will be mapped, while other work goes on; page faults would wait for it."""
+    if hasattr(os, "posix_fadvise"):  # not on every system
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _read_pickle(path: Path, source: str) -> dict[str, torch.Tensor]:

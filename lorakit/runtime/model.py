@@ -394,7 +394,7 @@ class MultiLoraModel(nn.Module):
         if name in self._local:
             return self._local[name][0]
         assert self.bank is not None
-        return self.bank[name].sha256
+        return self.bank[name].blake3
 
     def _adapt(self, slots: Sequence[Slot | None]) -> None:
         """Hooks the modules that these adapters touch and that have no hook yet."""
