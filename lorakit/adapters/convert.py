@@ -10,6 +10,7 @@ import dataclasses
 import torch
 
 from lorakit.adapters.base import BaseModel
+from lorakit.adapters.choices import NONE, Choices
 from lorakit.adapters.dtypes import WEIGHT_DTYPES
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import convert as convert_checkpoint
@@ -17,7 +18,13 @@ from lorakit.adapters.peft_reader import Checkpoint, Source, read_checkpoint
 from lorakit.errors import ConfigError, NonFiniteWeightsError
 
 
-def convert(name: str, source: Source | Checkpoint, base: BaseModel, dtype: torch.dtype | None = None) -> AdapterForm:
+def convert(
+    name: str,
+    source: Source | Checkpoint,
+    base: BaseModel,
+    dtype: torch.dtype | None = None,
+    choices: Choices = NONE,
+) -> AdapterForm:
     """Reads a source and converts it.
 
     Args:
@@ -25,15 +32,16 @@ def convert(name: str, source: Source | Checkpoint, base: BaseModel, dtype: torc
         source: a PEFT folder, a Hub id, a live `PeftModel`, or a checkpoint already read.
         base: the base that it was trained on.
         dtype: what A and B are cast to; None keeps the checkpoint's own, so that it can be written back bit for bit.
+        choices: what the user chose where the checkpoint leaves it open.
 
     Raises:
         CheckpointError, UnsupportedMethodError, ModuleNotFoundInBaseError: see `peft_reader` and `methods`.
         NonFiniteWeightsError: NaN or Inf, in the checkpoint or after the cast.
-        ConfigError: adapters are not kept in this dtype.
+        ConfigError: adapters are not kept in this dtype, or a choice that the checkpoint does not leave open.
     """
     check_dtype(dtype)
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    form = convert_checkpoint(checkpoint, base)
+    form = convert_checkpoint(checkpoint, base, choices)
     form.check_finite(name)
     if dtype is not None:
         form = cast(form, dtype)

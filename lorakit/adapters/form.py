@@ -87,6 +87,9 @@ class AdapterForm:
         extras: tensors of the checkpoint that the form does not hold as they were (DoRA's magnitudes, under their
             PEFT keys); kept so that the checkpoint can be written back, never loaded for serving.
         uses_base_weights: the conversion read the base's weights, so the form is right for that base only.
+        svd_errors: module path → ‖ΔW − B A‖_F / ‖ΔW‖_F, of the modules whose change ΔW of the weight was approximated;
+            the others are exact.
+        task_id: the task that was chosen, of a method that has several; None otherwise.
     """
 
     method: str
@@ -94,6 +97,8 @@ class AdapterForm:
     config: Mapping[str, Any]
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
     uses_base_weights: bool = False
+    svd_errors: Mapping[str, float] = field(default_factory=dict)
+    task_id: int | None = None
 
     @property
     def rank(self) -> int:

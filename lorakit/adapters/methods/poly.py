@@ -3,7 +3,7 @@
 y = W x + b + B A x / r (peft.tuners.poly.layer.Linear). For a task, split q's share of the inputs and of the outputs
 has its own weights over the skills, w_q = σ(z_q) / (Σ σ(z_q) + 1e-12) with the router's logits z
 (peft.tuners.poly.router.PolyRouter); A[:, split q] = Σ_s w_qs A_qsᵀ and B[split q, :] = Σ_s w_qs B_qsᵀ. The task is
-an input of PEFT's forward; with one task there is nothing to choose, and the form is fixed.
+an input of PEFT's forward; a form is of one task, which the user chooses where there are several.
 
 Sources: Ponti et al. 2022 (arXiv 2202.13914); Caccia et al. 2022, MHR (arXiv 2211.03831).
 """
@@ -22,7 +22,9 @@ from lorakit.adapters.methods.options import Option, check_config, rank
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
 from lorakit.adapters.methods.targets import place_at
 from lorakit.adapters.peft_reader import Checkpoint
-from lorakit.errors import CheckpointError, UnsupportedMethodError
+from lorakit.errors import CheckpointError, ConfigError, UnsupportedMethodError
+
+CHOICES = ("task_id",)
 
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 _OPTIONS = (
@@ -34,21 +36,39 @@ _OPTIONS = (
 )
 
 
-def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
+def convert(checkpoint: Checkpoint, base: BaseModel, task_id: int | None = None) -> AdapterForm:
     """Converts a Poly checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     check_config(checkpoint, PolyConfig, _OPTIONS, harmless="init_weights")
-    if checkpoint.config["n_tasks"] != 1:
-        raise UnsupportedMethodError(
-            f"{checkpoint.source}: POLY with n_tasks={checkpoint.config['n_tasks']} is not served: each task has its "
-            "own mixture of the skills, so a task id is needed, which an adapter's configuration does not give."
-        )
+    task = _task(checkpoint, task_id)
     grouped = parts_of(checkpoint, base, "a Poly", (_A, _B, _LOGITS)).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
+    modules = {path: _module(checkpoint, base, path, items, task) for path, items in grouped.items()}
     extras = {f"{path}.{item}": tensor for path, items in grouped.items() for item, tensor in items.items()}
-    return AdapterForm("poly", modules, dict(checkpoint.config), extras)
+    several = checkpoint.config["n_tasks"] > 1
+    return AdapterForm("poly", modules, dict(checkpoint.config), extras, task_id=task if several else None)
 
 
-def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
+def _task(checkpoint: Checkpoint, task_id: int | None) -> int:
+    """The task that is meant.
+
+    Raises:
+        UnsupportedMethodError: there are several, and none is chosen.
+        ConfigError: there is no such task.
+    """
+    tasks: int = checkpoint.config["n_tasks"]
+    if task_id is None and tasks > 1:
+        raise UnsupportedMethodError(
+            f"{checkpoint.source}: this POLY has {tasks} tasks, each with its own mixture of the skills; choose one by "
+            f"its task_id, 0 to {tasks - 1} (`task_ids` or `--task-id` of an export)."
+        )
+    if task_id is not None and task_id >= tasks:
+        known = f"{tasks} tasks, 0 to {tasks - 1}" if tasks > 1 else "1 task, 0"
+        raise ConfigError(f"{checkpoint.source}: task_id={task_id} was chosen, but this POLY has {known}.")
+    return task_id or 0
+
+
+def _module(
+    checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor], task: int
+) -> ModuleForm:
     source, config, place = checkpoint.source, checkpoint.config, place_at(checkpoint, base, path)
     missing = [item for item in (_A, _B, _LOGITS) if item not in items]
     if missing:
@@ -60,9 +80,9 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         raise CheckpointError(f"{source}: n_splits={splits} does not divide the inputs and outputs of {path}.")
     check_shape(source, f"A of {path}", items[_A], (splits, skills, place.in_features // splits, r))
     check_shape(source, f"B of {path}", items[_B], (splits, skills, r, place.out_features // splits))
-    check_shape(source, f"the router of {path}", items[_LOGITS], (1, splits * skills))
+    check_shape(source, f"the router of {path}", items[_LOGITS], (config["n_tasks"], splits * skills))
 
-    gates = torch.sigmoid(items[_LOGITS].double()).view(splits, skills)
+    gates = torch.sigmoid(items[_LOGITS][task].double()).view(splits, skills)
     weights = gates / (gates.sum(dim=-1, keepdim=True) + EPS)
     a = torch.einsum("qs,qsdr->rqd", weights, items[_A].double()).reshape(r, -1)
     b = torch.einsum("qs,qsrd->qdr", weights, items[_B].double()).reshape(-1, r)
