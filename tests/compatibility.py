@@ -123,8 +123,8 @@ fp32. A row of the base lies beside it in the same batch and is compared too. Wh
 ## By SVD
 
 What a smaller share of the energy costs: the largest rank that it takes, of as many as the module has, and the largest
-relative error ‖ΔW − B A‖ / ‖ΔW‖ of a module's change, of random parameters on a tiny model. This is the worst case:
-what training gives is closer to low rank, and each export says what it lost.
+relative error ‖ΔW − B A‖ / ‖ΔW‖ of a module's change, on the tiny Llama. Random parameters have little to cut off; what
+an adapter of your own loses, its export says.
 
 {_table(["method", "svd_energy", "rank", "error"], [[method, *cut[method]] for method in sorted(cut)])}
 

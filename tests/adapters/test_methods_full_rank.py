@@ -275,14 +275,14 @@ def test_tensors_that_are_missing_of_another_shape_or_not_finite(tmp_path, metho
         return [key for key in sorted(tensors) if "0.self_attn.q_proj" in key and "indices" not in key]
 
     def spoil(tensors):
-        tensors[parts(tensors)[-1]].fill_(torch.nan)
+        tensors[parts(tensors)[0]].fill_(torch.nan)
 
     def cut(tensors):
         key = parts(tensors)[-1]
         tensors[key] = tensors[key][..., :-1]
 
     edit_tensors(folder, spoil)
-    with pytest.raises((NonFiniteWeightsError, CheckpointError), match="tenant"):
+    with pytest.raises(NonFiniteWeightsError, match="tenant: .* holds NaN or Inf"):
         form_of(folder, svd_energy=0.9)
     edit_tensors(folder, cut)
     with pytest.raises(CheckpointError, match="tenant"):

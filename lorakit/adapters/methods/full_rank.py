@@ -33,7 +33,7 @@ from lorakit.adapters.methods.svd import refusal, truncated
 from lorakit.adapters.methods.targets import by_pattern, place_at
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
-from lorakit.errors import UnsupportedMethodError
+from lorakit.errors import NonFiniteWeightsError, UnsupportedMethodError
 
 CHOICES = ("svd_energy",)
 
@@ -79,6 +79,7 @@ def approximated(checkpoint: Checkpoint, base: BaseModel, method: Method, svd_en
     _check_saved(checkpoint)
     shared = [key for key in checkpoint.tensors if key in randlora.SHARED or key.startswith(frod.PREFIXES)]
     parts = parts_of(checkpoint, base, f"PEFT's {checkpoint.peft_type}", method.items, shared)
+    _check_finite(checkpoint)
     places = {path: _place(checkpoint, base, path, method) for path in parts.modules}
     modules, errors = {}, {}
     for path, place in places.items():
@@ -107,6 +108,16 @@ def _check_saved(checkpoint: Checkpoint) -> None:
         raise UnsupportedMethodError(
             f"{checkpoint.source}: {option}=False is not served: {reason}; save the adapter with {option}=True."
         )
+
+
+def _check_finite(checkpoint: Checkpoint) -> None:
+    """Refuses NaN and Inf before matrices are solved, which then fail in words of their own."""
+    for key, tensor in checkpoint.tensors.items():
+        if not tensor.isfinite().all():
+            raise NonFiniteWeightsError(
+                f"{checkpoint.source}: {key} holds NaN or Inf. Training diverged, or the file is damaged: export an "
+                "earlier checkpoint."
+            )
 
 
 def _place(checkpoint: Checkpoint, base: BaseModel, path: str, method: Method) -> Place:

@@ -111,7 +111,7 @@ def _config(
         "inference_mode": True,
         **options,
     }
-    return kind(**{key: value for key, value in given.items() if key in known and value is not None})
+    return kind(**{key: value for key, value in given.items() if key in known})
 
 
 def _alone(place: Place, path: str, weights: Weights) -> nn.Module:
