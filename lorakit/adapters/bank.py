@@ -254,6 +254,8 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             },
             uses_base_weights=entry.uses_base_weights,
             base_quantisation=entry.base_quantisation,
+            svd_errors=dict(entry.svd_errors),
+            task_id=entry.task_id,
         )
 
     def _read(self, entry: AdapterEntry, nbytes: int) -> torch.Tensor:
@@ -370,10 +372,19 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         *,
         base_model: str | os.PathLike[str] | nn.Module | None = None,
         dtype: torch.dtype | None = None,
+        svd_energy: float | None = None,
+        task_id: int | None = None,
         overwrite: bool = False,
     ) -> None:
         """Adds a PEFT checkpoint of the bank's base model; as `add_all` with one."""
-        self.add_all({name: source}, base_model=base_model, dtype=dtype, overwrite=overwrite)
+        self.add_all(
+            {name: source},
+            base_model=base_model,
+            dtype=dtype,
+            svd_energy=svd_energy,
+            task_ids=None if task_id is None else {name: task_id},
+            overwrite=overwrite,
+        )
 
     def add_all(
         self,
@@ -381,6 +392,8 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         *,
         base_model: str | os.PathLike[str] | nn.Module | None = None,
         dtype: torch.dtype | None = None,
+        svd_energy: float | None = None,
+        task_ids: Mapping[str, int] | None = None,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -390,6 +403,8 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             sources: name → a folder that PEFT saved, a Hub id, or a live `peft.PeftModel`.
             base_model: the base as a folder, a Hub id or a live model; None: where the bank says that it is.
             dtype: what A and B are stored in; None: the checkpoint's own.
+            svd_energy: approximate what has no exact low-rank form by SVD, as `lorakit.export` does.
+            task_ids: name → task, of adapters that have several.
             overwrite: replace adapters of these names.
             progress: called for each adapter written.
 
@@ -403,9 +418,11 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         # Only here, as in `export_peft`.
         from lorakit.adapters import fingerprint
         from lorakit.adapters.base import BaseModel
+        from lorakit.adapters.choices import choices_of
         from lorakit.adapters.convert import convert
         from lorakit.adapters.peft_reader import describe
 
+        choices = choices_of(sources, svd_energy, task_ids)
         self.reload()  # another process may have removed what was in the way
         for name in sources:
             _check_new(name, set(), self._folder.index, overwrite)
@@ -413,7 +430,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         base = BaseModel.of(self.base_id if base_model is None else base_model, architecture=architecture)
         fingerprint.check(base, self.fingerprint, owner=f"the bank {str(self.path)!r}")
         items = [
-            (name, partial(convert, name, source, base, dtype, check_finite=False), describe(source))
+            (name, partial(convert, name, source, base, dtype, choices[name], check_finite=False), describe(source))
             for name, source in sources.items()
         ]
         self.add_forms(items, overwrite=overwrite, progress=progress)

@@ -106,6 +106,9 @@ class AdapterForm:
         uses_base_weights: the conversion read the base's weights, so the form is right for that base only.
         base_quantisation: how the weights that it read were quantised (`quantised.quantisation`); "" if they were not,
             or if it read none.
+        svd_errors: module path → ‖ΔW − B A‖_F / ‖ΔW‖_F, of the modules whose change ΔW of the weight was approximated;
+            the others are exact.
+        task_id: the task that was chosen, of a method that has several; None otherwise.
     """
 
     method: str
@@ -114,6 +117,8 @@ class AdapterForm:
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
     uses_base_weights: bool = False
     base_quantisation: str = ""
+    svd_errors: Mapping[str, float] = field(default_factory=dict)
+    task_id: int | None = None
 
     @property
     def rank(self) -> int:

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from lorakit.adapters import convert, fingerprint, names
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel, architecture_class
+from lorakit.adapters.choices import NONE, Choices
 from lorakit.adapters.layout import Extent
 from lorakit.adapters.peft_reader import Source
 from lorakit.adapters.quantised import in_words
@@ -33,6 +34,7 @@ from lorakit.errors import (
     AdapterNotFoundError,
     BaseModelMismatchError,
     BaseModelNotFoundError,
+    ConfigError,
 )
 from lorakit.runtime import ops
 from lorakit.runtime.host_cache import ExtentReader
@@ -211,21 +213,34 @@ class MultiLoraModel(nn.Module):
         """Compiles the base in place, as `nn.Module.compile` does; adapters keep working."""
         self.model.compile(*args, **kwargs)
 
-    def load_adapter(self, name: str, source: Source | None = None) -> None:
+    def load_adapter(
+        self,
+        name: str,
+        source: Source | None = None,
+        *,
+        svd_energy: float | None = None,
+        task_id: int | None = None,
+    ) -> None:
         """Adds an adapter to the living model, or brings one that it knows to the device ahead of its first use.
 
         Args:
             name: the name for `adapter_ids`.
             source: a PEFT folder, a Hub id or a live `PeftModel`; it stays in host memory, and the bank on disk is not
                 changed (`AdapterBank.add` does that). None: the model's or the bank's adapter of that name.
+            svd_energy: approximate what has no exact low-rank form by SVD, as `lorakit.export` does.
+            task_id: the task, of an adapter that has several.
 
         Raises:
             AdapterExistsError: the name is taken.
             AdapterNotFoundError: no source, and none in the bank.
+            ConfigError: svd_energy or task_id cannot be, or stand without a source.
             CheckpointError, UnsupportedMethodError, …: as `lorakit.export` raises them; nothing is changed.
         """
         names.check_name(name)
+        chosen = Choices(svd_energy, task_id)
         if source is None:
+            if chosen != NONE:
+                raise ConfigError(f"adapter {name!r} is converted already; svd_energy and task_id need a source.")
             with self._lock:
                 if name not in self._local:
                     if self.bank is None or name not in self.bank:
@@ -235,7 +250,7 @@ class MultiLoraModel(nn.Module):
                 self._slot(name, keep=())
             return
         self._check_free(name)
-        form = convert.convert(name, source, self._base)
+        form = convert.convert(name, source, self._base, choices=chosen)
         with self._lock:
             self._check_free(name)  # once more: another thread may have been faster
             self._local[name] = f"local-{next(self._keys)}", Extent.of_form(form)

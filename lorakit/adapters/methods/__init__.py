@@ -5,9 +5,10 @@ A family's module is found by the checkpoint's PEFT type, and offers
     convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm
     restore(form: AdapterForm) -> dict[str, torch.Tensor]      # keys as in a Checkpoint
 
-`restore` may be left out where the form keeps the checkpoint's tensors as its extras. To add a family here, write its
-file and name it in `FAMILIES`. A package of your own adds one by an entry point of the group "lorakit.methods", named
-as the PEFT type is, whose object has these functions.
+`restore` may be left out where the form keeps the checkpoint's tensors as its extras. A family that leaves something to
+the user names it in `CHOICES`, a tuple of attributes of `Choices`, and `convert` takes these as keyword arguments. To
+add a family here, write its file and name it in `FAMILIES`. A package of your own adds one by an entry point of the
+group "lorakit.methods", named as the PEFT type is, whose object has these functions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from lorakit.adapters.base import BaseModel
+from lorakit.adapters.choices import NONE, Choices
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import (
     adalora,
@@ -27,6 +29,7 @@ from lorakit.adapters.methods import (
     beft,
     deft,
     delora,
+    full_rank,
     glora,
     gralora,
     hra,
@@ -46,7 +49,7 @@ from lorakit.adapters.methods import (
     whole,
 )
 from lorakit.adapters.peft_reader import Checkpoint, full_key
-from lorakit.errors import UnsupportedMethodError
+from lorakit.errors import ConfigError, UnsupportedMethodError
 
 FAMILIES: Mapping[str, Any] = {
     "ADALORA": adalora,
@@ -70,12 +73,12 @@ FAMILIES: Mapping[str, Any] = {
     "UNILORA": unilora,
     "VBLORA": vblora,
     "VERA": vera,
+    **dict.fromkeys(full_rank.METHODS, full_rank),
 }
 """PEFT type → the module of its family."""
 
 _PROMPTS = "it adds virtual tokens or a side network, and changes no module's weights"
 _ROUTERS = "its router decides anew for every token, so it has no fixed form"
-_FULL_RANK = "its change of a weight has full rank, or nearly, so it has no exact low-rank form"
 _WHOLE = "it replaces whole tensors of the base, which all tenants share"
 _REFUSED = {
     **dict.fromkeys(
@@ -83,24 +86,36 @@ _REFUSED = {
     ),
     **dict.fromkeys(["ADAPTION_PROMPT", "SHADOW"], _PROMPTS),
     **dict.fromkeys(["XLORA", "LILY"], _ROUTERS),
-    **dict.fromkeys("RANDLORA FOURIERFT WAVEFT C3A HIRA FROD SHIRA SUPERTUNING OFT BOFT ROAD OSF".split(), _FULL_RANK),
     **dict.fromkeys(["LN_TUNING", "TRAINABLE_TOKENS"], _WHOLE),
 }
 
 
-def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
+def convert(checkpoint: Checkpoint, base: BaseModel, choices: Choices = NONE) -> AdapterForm:
     """Converts a checkpoint by the family of its PEFT type.
+
+    Args:
+        checkpoint: the checkpoint.
+        base: the base that it was trained on.
+        choices: what the user chose; what has an exact form stays exact.
 
     Raises:
         UnsupportedMethodError: no family for this type, or an option of it that has no exact form.
+        ConfigError: a task was chosen of a method that has none, or one that is not there.
         CheckpointError: keys are missing, unknown, or do not fit the base.
     """
     family = _family(checkpoint.peft_type)
     if family is None:
         reason = _REFUSED.get(checkpoint.peft_type, f"lorakit converts {', '.join(sorted(FAMILIES))}")
         raise UnsupportedMethodError(f"{checkpoint.source}: PEFT's {checkpoint.peft_type} is not served: {reason}.")
+    taken = getattr(family, "CHOICES", ())
+    if choices.task_id is not None and "task_id" not in taken:
+        raise ConfigError(
+            f"{checkpoint.source}: task_id={choices.task_id} was chosen, but a {checkpoint.peft_type} has no tasks; "
+            "leave it out."
+        )
     apart = whole.set_apart(checkpoint, base)
-    form: AdapterForm = family.convert(apart.checkpoint, apart.base)
+    chosen = {name: getattr(choices, name) for name in taken}
+    form: AdapterForm = family.convert(apart.checkpoint, apart.base, **chosen)
     return whole.put_back(form, apart, checkpoint, base)
 
 

@@ -111,6 +111,16 @@ def check_shape(source: str, what: str, tensor: torch.Tensor, expected: tuple[in
         )
 
 
+def check_indices(source: str, what: str, indices: torch.Tensor, size: int) -> None:
+    """Refuses indices out of 0 … size − 1: where torch does not look, they would reach memory of others.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    if indices.numel() and (indices.min() < 0 or indices.max() >= size):
+        raise CheckpointError(f"{source}: {what} has an index out of 0 to {size - 1}; save the adapter again.")
+
+
 def module_form(
     place: Place,
     a: torch.Tensor | None = None,
