@@ -55,7 +55,7 @@ class Activation:
             tuple(
                 slot if column >= start else None for slot, start in pairs for _ in range(copies) for column in columns
             ),
-            tokens=1,
+            exact=True,
         )
 
 

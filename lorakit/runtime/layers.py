@@ -107,14 +107,14 @@ class AdaptedModule:
         ids = 1 if self.embedding else 2
         tokens = x.numel() // (1 if self.embedding else x.shape[-1])
         lead = x.shape[0] if x.dim() > ids else tokens
-        if rows.tokens is not None and tokens != len(rows.slots) * rows.tokens:
+        if rows.exact and tokens != len(rows.slots) * rows.tokens:
             raise AdapterIdsError(
                 f"{self.path} was given {tokens} tokens where the batch has {len(rows.slots) * rows.tokens}: the model "
                 "does not feed it the tokens of the rows, so an adapter that acts on some of them only (aLoRA) cannot "
                 "share a batch with one on it; train without it."
             )
-        if rows.tokens is None and lead % len(rows.slots):
+        if not rows.exact and lead % (len(rows.slots) * rows.tokens):
             raise AdapterIdsError(
-                f"{self.path} was given {lead} rows for {len(rows.slots)} adapter_ids: the model does not feed it row "
-                "by row, so adapters on it cannot share a batch; give all rows one adapter."
+                f"{self.path} was given {lead} rows for {len(rows.slots) * rows.tokens} of the batch: the model does "
+                "not feed it row by row, so adapters on it cannot share a batch; give all rows one adapter."
             )

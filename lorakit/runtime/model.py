@@ -6,11 +6,12 @@ None for the base. Only public API of transformers is used. Knows names and modu
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,6 +33,7 @@ from lorakit.errors import (
     AdapterNotFoundError,
     BaseModelMismatchError,
     BaseModelNotFoundError,
+    UnsupportedMethodError,
 )
 from lorakit.runtime import ops
 from lorakit.runtime.activation import Activation, Generation, Pass
@@ -45,6 +47,7 @@ from lorakit.runtime.rows import Rows, together
 from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
 from lorakit.runtime.table import AddressTable
+from lorakit.runtime.towers import Towers, tower_paths, towers_of
 
 AdapterIds: TypeAlias = str | Sequence[str | None] | None
 AloraOffsets: TypeAlias = Sequence[int | None] | None
@@ -290,24 +293,41 @@ class MultiLoraModel(nn.Module):
                 yield
                 return
             with self._pool.hold(slot for slot in slots if slot is not None):
+                towers = self._towers(ids, slots, args, kwargs)
                 if not any(starts):
-                    with self._serving([Rows(together(slots))]):
+                    with self._serving(towers.beside(Rows(together(slots)))):
                         yield
                     return
                 activation = Activation(slots, tuple(start or 0 for start in starts))
-                self._adapt(Rows(slots, tokens=1))
-                if not generating:
-                    forward = Pass.of(args, kwargs, prompt_of(args, kwargs, generating=False).first, len(slots))
-                    with self._serving(self._rows_of(activation, forward)):
-                        yield
-                    return
-                self._generation = Generation(
-                    self.model, activation, lambda forward: self._serving(self._rows_of(activation, forward))
-                )
-                config = kwargs.get("generation_config") or self.model.generation_config
-                early = kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))
-                with self._generation.follow(to_the_end=early is not None):
+                # The towers' part stays: `generate` may ask for images ahead of the first forward.
+                with self._serving(towers.rows), self._activated(activation, towers.paths, args, kwargs, generating):
                     yield
+
+    @contextmanager
+    def _activated(
+        self,
+        activation: Activation,
+        towers: frozenset[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        generating: bool,
+    ) -> Iterator[None]:
+        """Sets what of the rows' adapters acts in each forward inside, for all modules but the towers'."""
+
+        def serve(forward: Pass) -> AbstractContextManager[None]:
+            return self._serving(self._rows_of(activation, forward, towers))
+
+        self._adapt(Rows(activation.slots, exact=True))
+        if not generating:
+            first = prompt_of(args, kwargs, generating=False).first
+            with serve(Pass.of(args, kwargs, first, len(activation.slots))):
+                yield
+            return
+        self._generation = Generation(self.model, activation, serve)
+        config = kwargs.get("generation_config") or self.model.generation_config
+        early = kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))
+        with self._generation.follow(to_the_end=early is not None):
+            yield
 
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
@@ -378,18 +398,32 @@ class MultiLoraModel(nn.Module):
             for group in self._finder.found():
                 self._siblings |= {module.path: group for module in group.modules}
 
-    def _rows_of(self, activation: Activation, forward: Pass) -> list[Rows]:
+    def _towers(
+        self, ids: Sequence[str | None], slots: tuple[Slot | None, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Towers:
+        """The towers' modules that adapters touch, where these need rows of their own."""
+        rows = Rows(slots)
+        paths = tower_paths(self.model, rows.touched)
+        for name, slot in zip(ids, slots, strict=True):
+            if name is not None and slot is not None and self._invocation(name) and paths & set(slot.modules):
+                path = min(paths & set(slot.modules))
+                raise UnsupportedMethodError(
+                    f"adapter {name!r} acts from its invocation tokens on, which {path!r} does not see. Train with "
+                    "target_modules that name the language model alone."
+                )
+        if not paths or len(together(slots)) == 1:
+            return Towers()
+        self._adapt(rows)
+        return towers_of(self.model, paths, slots, _named(self.model, args, kwargs))
+
+    def _rows_of(self, activation: Activation, forward: Pass, towers: frozenset[str]) -> list[Rows]:
         """The rows of a forward in which adapters begin to act; the output's module may see fewer tokens."""
         rows = activation.rows(forward.columns, forward.copies)
+        touched = frozenset(rows.touched) - towers
         output = self.model.get_output_embeddings()
-        heads = frozenset(path for path in rows.touched if self.model.get_submodule(path) is output)
-        if not heads or rows.tokens is None:
-            return [rows]
-        others = frozenset(rows.touched) - heads
-        return [
-            rows._replace(paths=others),
-            activation.tokens(forward.kept, forward.copies)._replace(paths=heads),
-        ]
+        heads = frozenset(path for path in touched if rows.exact and self.model.get_submodule(path) is output)
+        body = rows._replace(paths=touched - heads)
+        return [body, activation.tokens(forward.kept, forward.copies)._replace(paths=heads)] if heads else [body]
 
     def _formed(self, rows: Sequence[Rows]) -> tuple[Batch, ...]:
         """The batches of these rows: the last ones if they had the same, else new ones."""
@@ -521,6 +555,13 @@ class MultiLoraModel(nn.Module):
 
     def _unknown(self, name: object) -> AdapterNotFoundError:
         return names.not_found(name, self.adapters, "the model")
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {"input_ids": named.get("inputs"), **named}
 
 
 def _count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

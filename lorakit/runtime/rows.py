@@ -17,12 +17,14 @@ class Rows(NamedTuple):
 
     Attributes:
         slots: the slot of each row, None for the base.
-        tokens: how many tokens a module is given for a row; None where modules differ.
+        tokens: a module is given a multiple of so many tokens for a row.
+        exact: and just so many.
         paths: the modules that are given these rows; None for all.
     """
 
     slots: tuple[Slot | None, ...]
-    tokens: int | None = None
+    tokens: int = 1
+    exact: bool = False
     paths: frozenset[str] | None = None
 
     @property
@@ -39,7 +41,7 @@ class Rows(NamedTuple):
     @property
     def shared(self) -> bool:
         """Whether it matters which part of an input is whose: not where one adapter acts on all of it."""
-        return len(self.slots) > 1 or self.tokens is not None
+        return len(self.slots) > 1 or self.exact
 
 
 def together(slots: Sequence[Slot | None]) -> tuple[Slot | None, ...]:

@@ -315,7 +315,7 @@ def test_decoding_is_served_row_by_row():
     _, _, model = family()
     model.generate(prompts(), adapter_ids=IDS, **GREEDY)
     [batch] = model._last.batches
-    assert isinstance(batch, Stacking) and len(batch.rows.slots) == len(IDS) and batch.rows.tokens is None
+    assert isinstance(batch, Stacking) and len(batch.rows.slots) == len(IDS) and not batch.rows.exact
 
 
 def test_a_failing_call_leaves_nothing_behind():
@@ -376,7 +376,7 @@ def test_kernels_give_pefts_logits(with_kernels, copies):
     for _ in range(2):  # the first round finds siblings, the second serves them together
         mixed = model(ids.to(DEVICE), adapter_ids=names).logits.cpu()
         assert all(isinstance(batch, Routing) for batch in model._last.batches)
-        assert model._last.batches[0].rows.tokens == 1
+        assert model._last.batches[0].rows.exact
         for row, name in enumerate(SMALL_IDS):
             expected = alone(name, tenants, base)(input_ids=SMALL[row : row + 1]).logits[0]
             for copy_ in range(copies):
@@ -393,7 +393,7 @@ def test_kernels_generate_what_stacks_do(monkeypatch, options):
     expected = model.generate(ids, adapter_ids=SMALL_IDS, **options)
     monkeypatch.setattr(ops, "has_kernels", lambda device, dtype: True)
     assert torch.equal(model.generate(ids, adapter_ids=SMALL_IDS, **options), expected)
-    assert isinstance(model._last.batches[0], Routing) and model._last.batches[0].rows.tokens is None
+    assert isinstance(model._last.batches[0], Routing) and not model._last.batches[0].rows.exact
 
 
 @torch.no_grad()

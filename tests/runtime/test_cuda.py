@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import vision as towers
 from architectures import ARCHITECTURES, METHODS, adapt
 
 from lorakit import MultiLoraModel
@@ -123,6 +124,23 @@ def test_adapters_that_begin_in_the_middle_of_their_rows(options):
         assert relative(logits[row], one(input_ids=prompts[row : row + 1]).logits[0]) <= 1e-5
         expected = one.generate(input_ids=prompts[row : row + 1], max_new_tokens=8, do_sample=False)
         assert torch.equal(generated[row], expected[0])
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_each_image_by_its_own_rows_adapter(name):
+    base, tenants, _ = towers.family(name)
+    model = MultiLoraModel(copy.deepcopy(base).cuda())
+    for tenant in tenants:
+        model.load_adapter(tenant, tenants[tenant])
+    inputs, alone = towers.inputs_of(name, [1, 2, 0, 3])
+    ids = ["0", "1", "1", None]
+    for _ in range(2):  # the first round finds siblings, the second serves them together
+        mixed = model(**on_gpu(inputs), adapter_ids=ids).logits
+        for row, tenant in enumerate(ids):
+            one = copy.deepcopy(tenants[tenant] if tenant else base).cuda()
+            keep = alone[row]["attention_mask"][0].bool()
+            assert relative(mixed[row][keep], one(**on_gpu(alone[row])).logits[0][keep]) <= 1e-5
 
 
 @torch.no_grad()
