@@ -61,6 +61,7 @@ class BaseModel:
     Attributes:
         id: the Hub id or folder that the base was named by ("" for a live model that has none).
         architecture: its transformers class, for example "LlamaForCausalLM".
+        is_encoder_decoder: whether it reads one text and writes another.
         places: module path → `Place`, for every module that can carry an adapter.
         all_linear: the paths that PEFT means by target_modules="all-linear": every linear but the output's.
         classifier: the path of the head that it leaves out too for the task type "SEQ_CLS"; None where there is none.
@@ -71,6 +72,7 @@ class BaseModel:
         self.id = base_id
         self.architecture = type(model).__name__
         self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+        self.is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.places: Mapping[str, Place] = places(model)
         self.all_linear = _all_linear(model)
         self.classifier = _classifier(model)

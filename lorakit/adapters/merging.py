@@ -32,6 +32,7 @@ from lorakit.adapters.convert import cast, check_dtype
 from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.form import AdapterForm, Kind, ModuleForm
 from lorakit.adapters.layout import ModuleLayout
+from lorakit.adapters.methods import alora
 from lorakit.errors import ConfigError, NonFiniteWeightsError, ShapeMismatchError, UnsupportedMethodError
 
 _ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -141,7 +142,7 @@ class Recipe:
 
         Raises:
             UnsupportedMethodError: a module has a channel scale, or a bias that this combination cannot keep, or a
-                method's factors have no meaning one by one.
+                method's factors have no meaning one by one; or an adapter does not act on all tokens.
             ConfigError: ranks differ where they must be equal.
             ShapeMismatchError: a module differs from adapter to adapter.
         """
@@ -149,6 +150,11 @@ class Recipe:
         biased: tuple[str, str] | None = None
         embedding: tuple[str, str] | None = None
         for name, adapter in adapters.items():
+            if adapter.method == alora.METHOD:
+                raise UnsupportedMethodError(
+                    f"adapter {name!r} acts from its invocation tokens on (aLoRA), which a sum cannot; leave it out of "
+                    "the weights."
+                )
             for path, module in _shapes(adapter):
                 self._check_module(name, path, module)
                 first, other = firsts.setdefault(path, (name, module))

@@ -9,7 +9,7 @@ forward is taken over as well (`siblings.py`). Knows modules and a batch; no nam
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,15 +19,15 @@ from lorakit.adapters.places import place_of
 from lorakit.errors import AdapterIdsError
 
 if TYPE_CHECKING:
-    from lorakit.runtime.pool import Slot
+    from lorakit.runtime.rows import Rows
 
 
 class Batch(Protocol):
     """The adapters of the batch that is now in the model."""
 
     @property
-    def slots(self) -> Sequence[Slot | None]:
-        """The slot of each row, None for the base."""
+    def rows(self) -> Rows:
+        """The rows, and the slot of each."""
 
     @property
     def paths(self) -> Collection[str]:
@@ -97,19 +97,26 @@ class AdaptedModule:
         if batch is None:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        self.check_rows(x, len(batch.slots))
+        self.check_rows(x, batch.rows)
         return batch.add(self, y, x)
 
-    def check_rows(self, x: torch.Tensor, rows: int) -> None:
+    def check_rows(self, x: torch.Tensor, rows: Rows) -> None:
         """Refuses an input that cannot hold the same number of tokens for each of the batch's rows.
 
         Raises:
             AdapterIdsError: naming the module.
         """
         ids = 1 if self.embedding else 2
-        lead = x.shape[0] if x.dim() > ids else x.numel() // (1 if self.embedding else x.shape[-1])
-        if lead % rows:
+        tokens = x.numel() // (1 if self.embedding else x.shape[-1])
+        lead = x.shape[0] if x.dim() > ids else tokens
+        if rows.exact and tokens != len(rows.slots) * rows.tokens:
             raise AdapterIdsError(
-                f"{self.path} was given {lead} rows for {rows} adapter_ids: the model does not feed it row by row, so "
-                "adapters on it cannot share a batch; give all rows one adapter."
+                f"{self.path} was given {tokens} tokens where the batch has {len(rows.slots) * rows.tokens}: the model "
+                "does not feed it the tokens of the rows, so an adapter that acts on some of them only (aLoRA) cannot "
+                "share a batch with one on it; train without it."
+            )
+        if not rows.exact and lead % (len(rows.slots) * rows.tokens):
+            raise AdapterIdsError(
+                f"{self.path} was given {lead} rows for {len(rows.slots) * rows.tokens} of the batch: the model does "
+                "not feed it row by row, so adapters on it cannot share a batch; give all rows one adapter."
             )

@@ -6,12 +6,13 @@ None for the base. Only public API of transformers is used. Knows names and modu
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,6 +27,7 @@ from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel, architecture_class
 from lorakit.adapters.choices import NONE, Choices
 from lorakit.adapters.layout import Extent
+from lorakit.adapters.methods.alora import invocation_of
 from lorakit.adapters.peft_reader import Source
 from lorakit.adapters.quantised import in_words
 from lorakit.errors import (
@@ -35,29 +37,43 @@ from lorakit.errors import (
     BaseModelMismatchError,
     BaseModelNotFoundError,
     ConfigError,
+    UnsupportedMethodError,
 )
 from lorakit.runtime import ops
+from lorakit.runtime.activation import Activation, Generation, Pass
 from lorakit.runtime.host_cache import ExtentReader
 from lorakit.runtime.layers import AdaptedModule, Batch
 from lorakit.runtime.placement import check_placement
 from lorakit.runtime.pool import AdapterPool, Slot, plain_tensors
+from lorakit.runtime.prompts import prompt_of, starts_of
 from lorakit.runtime.routing import Routing
+from lorakit.runtime.rows import Rows, together
 from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
 from lorakit.runtime.table import AddressTable
+from lorakit.runtime.towers import Towers, tower_paths, towers_of
 
 AdapterIds: TypeAlias = str | Sequence[str | None] | None
+AloraOffsets: TypeAlias = Sequence[int | None] | None
 
 # Where a batch's rows are counted, in this order; whatever else is a tensor comes after.
 _ROW_INPUTS = ("input_ids", "inputs", "inputs_embeds", "encoder_outputs", "decoder_input_ids", "attention_mask")
 
 
 class _Formed(NamedTuple):
-    """A batch that was formed, whether kernels were asked for, and the base's dtype then."""
+    """The batches that were formed for a forward, whether kernels were asked for, and the base's dtype then."""
 
     kernels: bool
     dtype: torch.dtype
-    batch: Batch
+    batches: tuple[Batch, ...]
+
+
+class _Local(NamedTuple):
+    """An adapter that was loaded into the model alone: its slot's key, its tensors, and what activates it."""
+
+    key: str
+    extent: Extent
+    invocation: tuple[int, ...] | None
 
 
 class MultiLoraModel(nn.Module):
@@ -109,12 +125,13 @@ class MultiLoraModel(nn.Module):
         self.bank = bank
         self._lock = threading.RLock()
         self._adapted: dict[str, AdaptedModule] = {}
-        self._local: dict[str, tuple[str, Extent]] = {}
+        self._local: dict[str, _Local] = {}
         self._unloaded: set[str] = set()
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._last: _Formed | None = None
         self._active: list[AdaptedModule | Siblings] = []
+        self._generation: Generation | None = None
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
@@ -185,28 +202,35 @@ class MultiLoraModel(nn.Module):
 
     # The batch is set up in eager mode; the base inside is compiled as it stands.
     @torch.compiler.disable(recursive=False)
-    def forward(self, *args: Any, adapter_ids: AdapterIds = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, adapter_ids: AdapterIds = None, alora_offsets: AloraOffsets = None, **kwargs: Any
+    ) -> Any:
         """The base's forward, each row through its adapter.
 
         Args:
             *args: as the base takes them.
             adapter_ids: a name or None for each row; one name for all rows; None for the base alone.
+            alora_offsets: as PEFT's, for adapters that act from their invocation tokens on (aLoRA): for each row, how
+                many of its last tokens the adapter acts on, or None. Left out, the last occurrence of the tokens in
+                `input_ids` decides.
             **kwargs: as the base takes them.
 
         Raises:
-            AdapterIdsError: as many ids as rows are needed.
+            AdapterIdsError: as many ids as rows are needed; or where an adapter begins to act cannot be seen.
             AdapterNotFoundError: a name that is neither in the bank nor loaded.
         """
-        with self._batch(adapter_ids, args, kwargs):
+        with self._batch(adapter_ids, args, kwargs, offsets=alora_offsets):
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_ids: AdapterIds = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, adapter_ids: AdapterIds = None, alora_offsets: AloraOffsets = None, **kwargs: Any
+    ) -> Any:
         """The base's `generate`, each row through its adapter.
 
         A row is a prompt: its beams and returned sequences use its adapter. Arguments and errors as in `forward`.
         """
         # As transformers' own `generate`, but already where the batch is formed: kernels pass no gradients.
-        with torch.no_grad(), self._batch(adapter_ids, args, kwargs):
+        with torch.no_grad(), self._batch(adapter_ids, args, kwargs, offsets=alora_offsets, generating=True):
             return self.model.generate(*args, **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -253,7 +277,8 @@ class MultiLoraModel(nn.Module):
         form = convert.convert(name, source, self._base, choices=chosen)
         with self._lock:
             self._check_free(name)  # once more: another thread may have been faster
-            self._local[name] = f"local-{next(self._keys)}", Extent.of_form(form)
+            invocation = invocation_of(form.method, form.config, name)
+            self._local[name] = _Local(f"local-{next(self._keys)}", Extent.of_form(form), invocation)
 
     def unload_adapter(self, name: str) -> None:
         """Takes an adapter out of the model and frees its memory; the bank on disk keeps it.
@@ -270,31 +295,95 @@ class MultiLoraModel(nn.Module):
                 self._unloaded.add(name)
 
     @contextmanager
-    def _batch(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def _batch(
+        self,
+        adapter_ids: AdapterIds,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        offsets: AloraOffsets = None,
+        generating: bool = False,
+    ) -> Iterator[None]:
         """Sets the rows' adapters for what runs inside, and takes them away again whatever happens there."""
         with self._lock, self._set_aside():
-            slots = self._slots(adapter_ids, args, kwargs)
+            ids = self._ids(adapter_ids, args, kwargs)
+            starts = self._starts(ids, offsets, args, kwargs, generating=generating)
+            slots = self._slots(ids, starts)
             if not any(slots):
                 yield
                 return
             with self._pool.hold(slot for slot in slots if slot is not None):
-                batch = self._formed(slots)
-                with self._joined(batch) if isinstance(batch, Routing) else self._attached(batch, batch.paths):
+                towers = self._towers(ids, slots, args, kwargs)
+                if not any(starts):
+                    with self._serving(towers.beside(Rows(together(slots)))):
+                        yield
+                    return
+                activation = Activation(slots, tuple(start or 0 for start in starts))
+                # The towers' part stays: `generate` may ask for images ahead of the first forward.
+                with self._serving(towers.rows), self._activated(activation, towers.paths, args, kwargs, generating):
                     yield
+
+    @contextmanager
+    def _activated(
+        self,
+        activation: Activation,
+        towers: frozenset[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        generating: bool,
+    ) -> Iterator[None]:
+        """Sets what of the rows' adapters acts in each forward inside, for all modules but the towers'."""
+
+        def serve(forward: Pass) -> AbstractContextManager[None]:
+            return self._serving(self._rows_of(activation, forward, towers))
+
+        self._adapt(Rows(activation.slots, exact=True))
+        if not generating:
+            first = prompt_of(args, kwargs, generating=False).first
+            with serve(Pass.of(args, kwargs, first, len(activation.slots))):
+                yield
+            return
+        self._generation = Generation(self.model, activation, serve)
+        config = kwargs.get("generation_config") or self.model.generation_config
+        early = kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))
+        with self._generation.follow(to_the_end=early is not None):
+            yield
 
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
         """Takes away the batch of a call that is still running: a logits processor may call its own model."""
         outer = [(part, part.batch) for part in self._active]
         active, self._active = self._active, []
+        generation, self._generation = self._generation, None
+        asleep = generation is not None and generation.asleep
         try:
             for part, _ in outer:
                 part.batch = None
+            if generation is not None:
+                generation.asleep = True
             yield
         finally:
             self._active = active
+            self._generation = generation
+            if generation is not None:
+                generation.asleep = asleep
             for part, batch in outer:
                 part.batch = batch
+
+    @contextmanager
+    def _serving(self, rows: Sequence[Rows]) -> Iterator[None]:
+        """Modules ask for their adapters' shares, each by the rows that it is given."""
+        rows = [one for one in rows if any(one.slots)]
+        active = self._active
+        with ExitStack() as stack:
+            for batch in self._formed(rows):
+                stack.enter_context(
+                    self._joined(batch) if isinstance(batch, Routing) else self._attached(batch, batch.paths)
+                )
+            try:
+                yield
+            finally:
+                self._active = active
 
     @contextmanager
     def _attached(self, batch: Batch, paths: Collection[str]) -> Iterator[None]:
@@ -316,7 +405,7 @@ class MultiLoraModel(nn.Module):
         alone = [path for path in batch.paths if path not in self._siblings]
         with plain_tensors():
             batch.write([*(self._adapted[path] for path in alone), *(one for group in groups for one in group.modules)])
-        self._active = [*groups]
+        self._active = [*self._active, *groups]
         try:
             for group in groups:
                 group.batch = batch
@@ -329,29 +418,57 @@ class MultiLoraModel(nn.Module):
             for group in self._finder.found():
                 self._siblings |= {module.path: group for module in group.modules}
 
-    def _formed(self, slots: tuple[Slot | None, ...]) -> Batch:
-        """The batch of these slots: the last one if it had the same, else a new one."""
+    def _towers(
+        self, ids: Sequence[str | None], slots: tuple[Slot | None, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Towers:
+        """The towers' modules that adapters touch, where these need rows of their own."""
+        rows = Rows(slots)
+        paths = tower_paths(self.model, rows.touched)
+        for name, slot in zip(ids, slots, strict=True):
+            if name is not None and slot is not None and self._invocation(name) and paths & set(slot.modules):
+                path = min(paths & set(slot.modules))
+                raise UnsupportedMethodError(
+                    f"adapter {name!r} acts from its invocation tokens on, which {path!r} does not see. Train with "
+                    "target_modules that name the language model alone."
+                )
+        if not paths or len(together(slots)) == 1:
+            return Towers()
+        self._adapt(rows)
+        return towers_of(self.model, paths, slots, _named(self.model, args, kwargs))
+
+    def _rows_of(self, activation: Activation, forward: Pass, towers: frozenset[str]) -> list[Rows]:
+        """The rows of a forward in which adapters begin to act; the output's module may see fewer tokens."""
+        rows = activation.rows(forward.columns, forward.copies)
+        touched = frozenset(rows.touched) - towers
+        output = self.model.get_output_embeddings()
+        heads = frozenset(path for path in touched if rows.exact and self.model.get_submodule(path) is output)
+        body = rows._replace(paths=touched - heads)
+        return [body, activation.tokens(forward.kept, forward.copies)._replace(paths=heads)] if heads else [body]
+
+    def _formed(self, rows: Sequence[Rows]) -> tuple[Batch, ...]:
+        """The batches of these rows: the last ones if they had the same, else new ones."""
         kernels = ops.has_kernels(self.device, self.dtype) and not torch.is_grad_enabled()
         last, self._last = self._last, None  # what the last batch stacked is free before more is stacked
-        if last is None or (last.kernels, last.dtype) != (kernels, self.dtype) or last.batch.slots != slots:
+        wanted = kernels, self.dtype, list(rows)
+        if last is None or (last.kernels, last.dtype, [batch.rows for batch in last.batches]) != wanted:
             if last is not None and last.dtype != self.dtype:
                 self._table = AddressTable(self.device, self._adapted)  # an embedding's scale is rounded to its dtype
             del last
-            self._adapt(slots)
+            for one in rows:
+                self._adapt(one)
             with plain_tensors():
-                last = _Formed(kernels, self.dtype, self._new_batch(slots, kernels))
+                last = _Formed(kernels, self.dtype, tuple(self._new_batch(one, kernels) for one in rows))
         self._last = last
-        return last.batch
+        return last.batches
 
-    def _new_batch(self, slots: tuple[Slot | None, ...], kernels: bool) -> Batch:
-        paths = {path for slot in slots if slot is not None for path in slot.modules}
+    def _new_batch(self, rows: Rows, kernels: bool) -> Batch:
         # Kernels read an adapter where the pool has it, so no module may compute on another device.
-        if kernels and all(self._adapted[path].device == self._pool.device for path in paths):
-            return Routing(slots, self._table, self._finder, device=self.device)
-        return Stacking(slots, self._adapted, dtype=torch.promote_types(self.dtype, torch.float32))
+        if kernels and all(self._adapted[path].device == self._pool.device for path in rows.touched):
+            return Routing(rows, self._table, self._finder, device=self.device)
+        return Stacking(rows, self._adapted, dtype=torch.promote_types(self.dtype, torch.float32))
 
-    def _slots(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Slot | None, ...]:
-        """Checks `adapter_ids` whole, then brings every adapter it names to the device."""
+    def _ids(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, ...]:
+        """Checks `adapter_ids` whole: the name of each row, or none at all."""
         if adapter_ids is None:
             return ()
         rows = _count_rows(args, kwargs)
@@ -371,12 +488,38 @@ class MultiLoraModel(nn.Module):
         for name in dict.fromkeys(ids):
             if name is not None and name not in serving:
                 raise self._unknown(name)
+        return tuple(ids)
+
+    def _starts(
+        self,
+        ids: Sequence[str | None],
+        offsets: AloraOffsets,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        generating: bool,
+    ) -> tuple[int | None, ...]:
+        """From which of its tokens on each row's adapter acts: 0 for most, None where it never does."""
+        found = {name: self._invocation(name) for name in dict.fromkeys(ids) if name is not None}
+        invocations = {name: tokens for name, tokens in found.items() if tokens is not None}
+        if not invocations and offsets is None:
+            return (0,) * len(ids)
+        prompt = prompt_of(args, kwargs, generating=generating)
+        starts = starts_of(ids, invocations, offsets, prompt)
+        if generating and kwargs.get("negative_prompt_ids") is not None and any(starts):
+            raise AdapterIdsError(
+                "negative_prompt_ids have their own tokens, in which adapters that act from their invocation tokens on "
+                "(aLoRA) would begin elsewhere; leave them out."
+            )
+        return tuple(start and start + prompt.first for start in starts)
+
+    def _slots(self, ids: Sequence[str | None], starts: Sequence[int | None]) -> tuple[Slot | None, ...]:
+        """Brings every adapter that acts somewhere to the device: the slot of each row."""
+        names = [None if start is None else name for name, start in zip(ids, starts, strict=True)]
         self._follow()
-        distinct = [name for name in dict.fromkeys(ids) if name is not None]
+        distinct = [name for name in dict.fromkeys(names) if name is not None]
         slots = {name: self._slot(name, keep=distinct) for name in distinct}
-        if len(set(ids)) == 1 and distinct:
-            return (slots[distinct[0]],)  # one adapter for all: whatever the model does with rows, it is right
-        return tuple(None if name is None else slots[name] for name in ids)
+        return tuple(None if name is None else slots[name] for name in names)
 
     def _follow(self) -> None:
         """Goes where the model has gone: what is resident on another device is of no use any more."""
@@ -398,7 +541,7 @@ class MultiLoraModel(nn.Module):
     def _stored(self, name: str) -> Extent | ExtentReader:
         """Where the pool finds an adapter that the device does not have."""
         if name in self._local:
-            return self._local[name][1]
+            return self._local[name].extent
         assert self.bank is not None
         self._compare_base(name)  # it may have come into the bank after the model was made
         entry = self.bank[name]
@@ -407,14 +550,22 @@ class MultiLoraModel(nn.Module):
     def _key(self, name: str) -> str:
         """What an adapter's slot is kept under: its content, so that one replaced under its name is never served."""
         if name in self._local:
-            return self._local[name][0]
+            return self._local[name].key
         assert self.bank is not None
         return self.bank[name].blake3
 
-    def _adapt(self, slots: Sequence[Slot | None]) -> None:
-        """Hooks the modules that these adapters touch and that have no hook yet."""
-        for path in dict.fromkeys(path for slot in slots if slot is not None for path in slot.modules):
-            if len(slots) > 1:
+    def _invocation(self, name: str) -> tuple[int, ...] | None:
+        """The tokens from which on an adapter acts, or None for one that always does."""
+        if name in self._local:
+            return self._local[name].invocation
+        assert self.bank is not None
+        entry = self.bank[name]
+        return invocation_of(entry.method, entry.config, name)
+
+    def _adapt(self, rows: Rows) -> None:
+        """Hooks the modules that these rows' adapters touch and that have no hook yet."""
+        for path in rows.touched:
+            if rows.shared:
                 check_placement(self.model, path)
             if path not in self._adapted:
                 self._adapted[path] = AdaptedModule(path, self.model.get_submodule(path))
@@ -442,6 +593,13 @@ class MultiLoraModel(nn.Module):
 
     def _unknown(self, name: object) -> AdapterNotFoundError:
         return names.not_found(name, self.adapters, "the model")
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {"input_ids": named.get("inputs"), **named}
 
 
 def _count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

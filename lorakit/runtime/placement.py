@@ -1,8 +1,9 @@
 """Where in a model an adapter can share a batch: modules that are fed row by row.
 
 A hook knows a token's row by its place: the batch's rows lie one after another, each with as many tokens. Experts get
-tokens in the router's order, and vision or audio towers get images or frames, any number of them a row: there a place
-says nothing, and a wrong guess would be silent. Such modules are refused. Knows modules and their paths; no adapter.
+tokens in the router's order: there a place says nothing, and a wrong guess would be silent. Such modules are refused,
+and so are vision and audio towers where `towers.py` cannot tell whose an image is. Knows modules and their paths; no
+adapter.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import re
 from torch import nn
 
 from lorakit.errors import UnsupportedMethodError
+from lorakit.runtime.towers import is_served, tower_paths
 
 _EXPERT = re.compile(r"(^|\.)experts?\.(expert_)?\d+\.")
 _SEQUENCE_FIRST = ("xlnet", "fsmt", "led", "longformer", "mask2former", "oneformer")
 _NO_ROWS = ("relative_attention_bias",)
-_TOWERS = ("vision_config", "audio_config", "speech_config", "video_config")
 
 
 def check_placement(model: nn.Module, path: str) -> None:
@@ -42,20 +43,8 @@ def check_placement(model: nn.Module, path: str) -> None:
         raise UnsupportedMethodError(
             f"an adapter on {path!r} cannot share a batch: experts get their tokens in the router's order."
         )
-    if _is_multimodal(model) and not _is_text(model, path):
+    if not is_served(model) and tower_paths(model, [path]):
         raise UnsupportedMethodError(
-            f"an adapter on {path!r} cannot share a batch: images and sounds are not fed row by row. "
-            "Train with target_modules that name the language model alone."
+            f"an adapter on {path!r} cannot share a batch: whose an image or a sound is cannot be seen in a "
+            f"{model_type}. Train with target_modules that name the language model alone."
         )
-
-
-def _is_multimodal(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return any(getattr(config, name, None) is not None for name in _TOWERS)
-
-
-def _is_text(model: nn.Module, path: str) -> bool:
-    module = model.get_submodule(path)
-    getters = ("get_decoder", "get_output_embeddings", "get_input_embeddings")
-    parts = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]
-    return any(part is module or any(module is inner for inner in part.modules()) for part in parts if part is not None)

@@ -12,7 +12,7 @@ import torch
 
 from lorakit.runtime import ops
 from lorakit.runtime.layers import AdaptedModule
-from lorakit.runtime.pool import Slot
+from lorakit.runtime.rows import Rows
 from lorakit.runtime.siblings import SiblingFinder
 from lorakit.runtime.table import AddressTable
 
@@ -21,24 +21,22 @@ class Routing:
     """The plan of a batch, and the table by which its rows find their adapters.
 
     Attributes:
-        slots: the slot of each row, None for the base.
+        rows: the rows, and the slot of each.
         paths: the modules that some row's adapter touches.
     """
 
-    def __init__(
-        self, slots: Sequence[Slot | None], table: AddressTable, finder: SiblingFinder, *, device: torch.device
-    ) -> None:
+    def __init__(self, rows: Rows, table: AddressTable, finder: SiblingFinder, *, device: torch.device) -> None:
         """Makes the plan.
 
         Args:
-            slots: the slot of each row; held until the batch is done.
+            rows: their slots are held until the batch is done.
             table: the addresses; rows that are out of date are written.
             finder: is told of modules that are called alone.
             device: where the model computes.
         """
-        self.slots = tuple(slots)
-        used = {slot.index: slot for slot in self.slots if slot is not None}.values()
-        self.paths: Collection[str] = dict.fromkeys(module.path for slot in used for module in slot.layout.modules)
+        self.rows = rows
+        self.paths: Collection[str] = rows.touched
+        used = rows.used
         self._table = table
         self._finder = finder
         self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in used))
@@ -46,8 +44,8 @@ class Routing:
         # Modules for which some row's adapter brings a whole weight.
         self._whole = {module.path for slot in used for module in slot.layout.modules if module.w is not None}
         self._columns: dict[str, int] = {}
-        rows = torch.tensor([-1 if slot is None else slot.index for slot in self.slots])
-        self._plan = ops.plan(rows).to(device)
+        slots = torch.tensor([-1 if slot is None else slot.index for slot in rows.slots])
+        self._plan = ops.plan(slots).to(device)
 
     def write(self, modules: Collection[AdaptedModule]) -> None:
         """Brings the table up to date: slots may have moved since the last batch.
@@ -56,9 +54,8 @@ class Routing:
             modules: those that this batch will meet, `paths` and their siblings.
         """
         self._columns = {module.path: self._table.column(module.path) for module in modules}
-        for slot in dict.fromkeys(self.slots):
-            if slot is not None:
-                self._table.write(slot)
+        for slot in self.rows.used:
+            self._table.write(slot)
         self._tables = tuple((dtype, self._table.tensor(dtype)) for dtype in self._dtypes)
 
     def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +75,7 @@ class Routing:
     def forward(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of siblings. See `siblings.GroupBatch`."""
         for module in modules:
-            module.check_rows(x, len(self.slots))
+            module.check_rows(x, self.rows)
         ys = [module.base(x).contiguous() for module in modules]
         self._expand(modules, ys, self._shrink(modules, x))
         for module, y in zip(modules, ys, strict=True):

@@ -15,6 +15,7 @@ import torch
 from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.ops import Stack, Whole, replaced, stacked_lora
 from lorakit.runtime.pool import Slot
+from lorakit.runtime.rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,25 +41,23 @@ class Stacking:
     """The stacks of a batch, for every module that one of its adapters touches.
 
     Attributes:
-        slots: the slot of each row, None for the base.
+        rows: the rows, and the slot of each.
     """
 
-    def __init__(
-        self, slots: Sequence[Slot | None], modules: Mapping[str, AdaptedModule], *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, rows: Rows, modules: Mapping[str, AdaptedModule], *, dtype: torch.dtype) -> None:
         """Stacks the factors.
 
         Args:
-            slots: the slot of each row.
+            rows: the rows, and the slot of each.
             modules: module path → the module, for every path that a slot touches.
             dtype: the compute dtype of the stacks, at least fp32: the adapters' share is computed and added in it.
         """
-        self.slots = tuple(slots)
-        segments = segments_of(slots)
-        stacker = _Stacker(len(self.slots), dtype)
-        paths = dict.fromkeys(path for segment in segments for path in segment.slot.modules)
+        self.rows = rows
+        segments = segments_of(rows.slots)
+        stacker = _Stacker(len(rows.slots), dtype)
         self._stacks: Mapping[str, tuple[Stack, ...]] = {
-            path: tuple(stacker.stack(group, modules[path]) for group in _groups(segments, path)) for path in paths
+            path: tuple(stacker.stack(group, modules[path]) for group in _groups(segments, path))
+            for path in rows.touched
         }
         self._wholes: Mapping[str, tuple[Whole, ...]] = {
             path: tuple(
@@ -66,7 +65,7 @@ class Stacking:
                 for segment in segments
                 if path in segment.slot.modules and segment.slot.modules[path].w is not None
             )
-            for path in paths
+            for path in rows.touched
         }
 
     @property

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import vision as towers
 from architectures import ARCHITECTURES, METHODS, adapt
 
 from lorakit import MultiLoraModel
@@ -95,6 +96,51 @@ def test_greedy_tokens_equal_pefts(options):
             alone = (tenants[name] if name else base).cuda()
             expected = alone.generate(input_ids=prompts[row : row + 1], max_new_tokens=8, do_sample=False)
             assert torch.equal(mixed[row], expected[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"cache_implementation": "static", "prefill_chunk_size": 4}],
+    ids=["dynamic cache", "static cache", "compiled chunks"],
+)
+@torch.no_grad()
+def test_adapters_that_begin_in_the_middle_of_their_rows(options):
+    architecture = ARCHITECTURES["llama"]
+    base = architecture.build()
+    early = adapt(base, 0, target_modules="all-linear", alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+    tenants = {"early": early, "lora": adapt(base, 1, target_modules="all-linear")}
+    model = MultiLoraModel(copy.deepcopy(base).cuda())
+    for name, tenant in tenants.items():
+        model.load_adapter(name, tenant)
+    ids = ["early", "lora", None, "early", "early"] * 8
+    prompts = architecture.inputs(len(ids), length=12)["input_ids"]
+    prompts[0::5, 7:9] = prompts[3::5, 0:2] = prompts[1::5, 3:5] = torch.tensor([5, 6])
+    prompts = prompts.cuda()
+    alone = {name: tenant.cuda() for name, tenant in tenants.items()} | {None: base.cuda()}
+    logits = model(prompts, adapter_ids=ids).logits
+    generated = model.generate(prompts, adapter_ids=ids, max_new_tokens=8, do_sample=False, **options)
+    for row in range(5):
+        one = alone[ids[row]]
+        assert relative(logits[row], one(input_ids=prompts[row : row + 1]).logits[0]) <= 1e-5
+        expected = one.generate(input_ids=prompts[row : row + 1], max_new_tokens=8, do_sample=False)
+        assert torch.equal(generated[row], expected[0])
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_each_image_by_its_own_rows_adapter(name):
+    base, tenants, _ = towers.family(name)
+    model = MultiLoraModel(copy.deepcopy(base).cuda())
+    for tenant in tenants:
+        model.load_adapter(tenant, tenants[tenant])
+    inputs, alone = towers.inputs_of(name, [1, 2, 0, 3])
+    ids = ["0", "1", "1", None]
+    for _ in range(2):  # the first round finds siblings, the second serves them together
+        mixed = model(**on_gpu(inputs), adapter_ids=ids).logits
+        for row, tenant in enumerate(ids):
+            one = copy.deepcopy(tenants[tenant] if tenant else base).cuda()
+            keep = alone[row]["attention_mask"][0].bool()
+            assert relative(mixed[row][keep], one(**on_gpu(alone[row])).logits[0][keep]) <= 1e-5
 
 
 @torch.no_grad()

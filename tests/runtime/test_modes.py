@@ -37,7 +37,7 @@ def inputs(rows):
 
 def test_generate_takes_kernels_whatever_the_callers_mode(model, kernels):
     model.generate(**inputs(2), adapter_ids=["a", None], max_new_tokens=1, do_sample=False)
-    assert isinstance(model._last.batch, Routing) == kernels
+    assert isinstance(model._last.batches[0], Routing) == kernels
 
 
 def test_modes_may_follow_each_other(model, kernels):

@@ -42,12 +42,13 @@ def test_the_language_model_of_a_multimodal_base_is_served(llava):
     torch.testing.assert_close(mixed[:1], llava(input_ids=ids[:1], pixel_values=pixels).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_tower_is_refused(llava):
+def test_a_tower_is_refused_where_nobody_can_tell_whose_an_image_is(llava, monkeypatch):
+    monkeypatch.setattr(llava.config, "model_type", "llava_of_tomorrow")
     tenant = adapt(llava, 0, target_modules=["q_proj"])
     model = MultiLoraModel(llava)
     model.load_adapter("tenant", tenant)
     ids = torch.randint(3, 90, (2, 9))
-    with pytest.raises(UnsupportedMethodError, match=r"vision_tower.*language model alone"):
+    with pytest.raises(UnsupportedMethodError, match=r"vision_tower.*llava_of_tomorrow.*language model alone"):
         model(input_ids=ids, adapter_ids=["tenant", None])
 
 

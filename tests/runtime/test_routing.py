@@ -54,7 +54,7 @@ class Family:
         """Each row's logits are PEFT's own."""
         inputs = inputs_of(self.name, len(ids))
         mixed = self.model(**inputs, adapter_ids=ids).logits
-        assert isinstance(self.model._last.batch, Routing)
+        assert isinstance(self.model._last.batches[0], Routing)
         for row, method in enumerate(ids):
             alone = {key: tensor[row : row + 1] for key, tensor in inputs.items()}
             expected = (self.tenants[method] if method else self.base)(**alone).logits[0]
@@ -104,7 +104,7 @@ def test_an_adapter_full_of_nan_changes_no_other_row_by_a_bit():
 def test_where_gradients_are_wanted_the_batch_is_stacked():
     family = Family("llama", ["lora"])
     family.model(**inputs_of("llama", 2), adapter_ids=["lora", None]).logits.sum().backward()
-    assert isinstance(family.model._last.batch, Stacking)
+    assert isinstance(family.model._last.batches[0], Stacking)
     assert family.model.model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 

@@ -2,8 +2,9 @@
 
 y = W x + b + s · B A x, with s = alpha / r, or alpha / √r for rsLoRA (peft.tuners.lora.LoraLayer). DoRA adds its
 channel scale in dora.py. Factors that are stored packed are unpacked by bdlora.py and qalora.py; methods that change
-the base's weights are brought to the base as it is by pissa.py (also OLoRA) and kasa.py, which doubles the rank. Which
-options are served, lora_options.py says.
+the base's weights are brought to the base as it is by pissa.py (also OLoRA) and kasa.py, which doubles the rank. An
+adapter that acts from its invocation tokens on (alora.py) has the same form. Which options are served, lora_options.py
+says.
 
 Sources: Hu et al. 2021 (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 2312.03732); peft.LoraConfig.
 """
@@ -17,13 +18,13 @@ import torch
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods import bdlora, dora, kasa, pissa, qalora
+from lorakit.adapters.methods import alora, bdlora, dora, kasa, pissa, qalora
 from lorakit.adapters.methods.lora_options import check_options
 from lorakit.adapters.methods.parts import check_items, check_shape, module_form, parts_of
 from lorakit.adapters.methods.targets import by_pattern, place_at
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
-from lorakit.errors import ShapeMismatchError
+from lorakit.errors import ShapeMismatchError, UnsupportedMethodError
 
 # What a key can end with, and what that is. Values are (factor, kind of place).
 _FACTORS = {
@@ -41,6 +42,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     """Converts a LoRA checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     config = checkpoint.config
     check_options(checkpoint)
+    alora.check(checkpoint, base)
     grouped = parts_of(checkpoint, base, "a LoRA", (*_FACTORS, _BIAS, dora.MAGNITUDE, kasa.DIAGONAL)).modules
     modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
     method = _method(checkpoint)
@@ -69,6 +71,7 @@ def _method(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
     options = {
         "kasa": kasa.is_kasa(checkpoint),
+        alora.METHOD: alora.is_alora(checkpoint),
         "bdlora": bdlora.is_bdlora(checkpoint),
         "qalora": config.get("use_qalora"),
         "dora": config.get("use_dora"),
@@ -92,6 +95,10 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     kinds = {_FACTORS[item][1] for item in items if item in _FACTORS}
     if not kinds <= {place.kind}:
         raise ShapeMismatchError(f"{source}: {path} is an adapter for another kind of module than its {place.kind}.")
+    if alora.is_alora(checkpoint) and place.kind == "embedding":
+        raise UnsupportedMethodError(
+            f"{source}: {alora.INVOCATION} on the embedding {path} is not served: PEFT has it for linear modules alone."
+        )
     check_items(checkpoint, path, items, _wanted(checkpoint, place))
     rank, scale = _rank_and_scale(checkpoint, path)
     group = qalora.group_size(checkpoint, factors["a"], place.in_features)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from peft import LoraConfig
 
-from lorakit.adapters.methods import bdlora, kasa, pissa
+from lorakit.adapters.methods import alora, bdlora, kasa, pissa
 from lorakit.adapters.methods.options import (
     ALPHA_PATTERN,
     RANK_PATTERN,
@@ -29,7 +29,6 @@ from lorakit.errors import UnsupportedMethodError
 _REFUSED = {
     **WHOLE_TENSORS,
     "target_parameters": "its expert parameters need per-expert factors",
-    "alora_invocation_tokens": "it acts from its invocation tokens on, which needs per-token routing",
     "arrow_config": "its router chooses among adapters for every token",
     "layer_replication": "it changes the base's layers, which all tenants share",
     "megatron_config": "its layers are Megatron's, not transformers'",
@@ -100,6 +99,7 @@ def _check_variants(checkpoint: Checkpoint) -> None:
         "use_bdlora": bdlora.is_bdlora(checkpoint),
         "use_qalora": config.get("use_qalora"),
         "kasa_config": kasa.is_kasa(checkpoint),
+        alora.INVOCATION: alora.is_alora(checkpoint),
         "use_dora": config.get("use_dora") and not changes_base,
         f"init_lora_weights={shown(init)}": changes_base or init == "mica",
     }
@@ -121,4 +121,5 @@ _OPTIONS = (
     Option("qalora_group_size", is_rank, "a whole number of at least 1"),
     Option("use_bdlora", bdlora.fits, bdlora.WANTED),
     Option("kasa_config", kasa.fits, kasa.WANTED),
+    alora.OPTION,
 )
