@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 
@@ -76,15 +76,17 @@ class ModuleLayout:
 
     Attributes:
         path: the module's path in the base model.
-        kind: "linear" or "embedding".
+        kind: "linear", "embedding" or "experts".
         in_features: the input width, or an embedding's number of rows.
         out_features: the output width.
         rank: r; 0 without factors.
         scale: s.
-        a: A's first element in the weights region, or None; A is (r, in), for an embedding (in, r).
-        b: B's, or None; B lies transposed, (r, out).
+        a: A's first element in the weights region, or None; A is (r, in), for an embedding (in, r), for experts
+            (E, r, in).
+        b: B's, or None; B lies transposed, (r, out), for experts (E, r, out).
         c: c's first element in the vectors region, or None; c is (out,).
         d: d's, or None; d is (out,).
+        experts: E; 1 for what is no parameter of experts.
     """
 
     path: str
@@ -97,13 +99,15 @@ class ModuleLayout:
     b: int | None = None
     c: int | None = None
     d: int | None = None
+    experts: int = 1
 
     def weights(self) -> Iterator[Span]:
         """A and B, where there are any."""
         if self.a is not None and self.b is not None:
-            shape = (self.rank, self.in_features) if self.kind == "linear" else (self.in_features, self.rank)
-            yield Span(self.path, "a", self.a, shape)
-            yield Span(self.path, "b", self.b, (self.rank, self.out_features))
+            each = (self.experts,) if self.kind == "experts" else ()
+            shape = (self.in_features, self.rank) if self.kind == "embedding" else (self.rank, self.in_features)
+            yield Span(self.path, "a", self.a, (*each, *shape))
+            yield Span(self.path, "b", self.b, (*each, self.rank, self.out_features))
 
     def vectors(self) -> Iterator[Span]:
         """C and d, where there are any."""
@@ -116,7 +120,8 @@ class ModuleLayout:
         """The module as in bank.json; what is None is left out."""
         sizes = {"path": self.path, "kind": self.kind, "in": self.in_features, "out": self.out_features}
         places = {item: getattr(self, item) for item in "abcd" if getattr(self, item) is not None}
-        return {**sizes, "rank": self.rank, "scale": self.scale, **places}
+        experts = {"experts": self.experts} if self.kind == "experts" else {}
+        return {**sizes, **experts, "rank": self.rank, "scale": self.scale, **places}
 
     @classmethod
     def from_json(cls, value: object, where: str) -> ModuleLayout:
@@ -127,14 +132,16 @@ class ModuleLayout:
         """
         fields = Fields(value, where)
         kind = fields.text("kind")
-        if kind not in ("linear", "embedding"):
-            raise fields.wrong("kind", '"linear" or "embedding"')
+        if kind not in get_args(Kind):
+            raise fields.wrong("kind", f"one of {', '.join(get_args(Kind))}")
         places = {item: fields.count(item) for item in "abcd" if item in fields.value}
         if any(place % ALIGNMENT for place in places.values()):
             raise BankError(f"{where} has an offset that is no multiple of {ALIGNMENT}")
         rank = fields.count("rank", limit=_FEATURES_LIMIT)
         if ("a" in places) != ("b" in places) or (rank and "a" not in places):
             raise BankError(f"{where} should have both a and b, or neither and rank 0")
+        if kind == "experts" and places.keys() != {"a", "b"}:
+            raise BankError(f"{where} is of experts, and should have a and b alone")
         return cls(
             path=fields.text("path", least=1),
             kind=cast(Kind, kind),
@@ -146,6 +153,7 @@ class ModuleLayout:
             b=places.get("b"),
             c=places.get("c"),
             d=places.get("d"),
+            experts=fields.count("experts", least=1, limit=_FEATURES_LIMIT) if kind == "experts" else 1,
         )
 
 
@@ -190,6 +198,7 @@ class Layout:
                     b=places.get("b"),
                     c=places.get("c"),
                     d=places.get("d"),
+                    experts=module.experts,
                 )
             )
         return cls(tuple(modules), weights, vectors)
@@ -313,8 +322,8 @@ class Layout:
 
 
 def stored(item: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A form's tensor as it lies in an extent, or back: B is transposed. A view."""
-    return tensor.T if item == "b" else tensor
+    """A form's tensor as it lies in an extent, or back: B is transposed, of experts each one's. A view."""
+    return tensor.mT if item == "b" else tensor
 
 
 def _place(span: Span) -> tuple[int, int]:

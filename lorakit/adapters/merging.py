@@ -177,6 +177,11 @@ class Recipe:
             )
 
     def _check_module(self, name: str, path: str, module: Shape) -> None:
+        if module.kind == "experts":
+            raise UnsupportedMethodError(
+                f"adapter {name!r} is on {path}, the parameter of experts, which PEFT does not sum; leave it out of the "
+                "weights."
+            )
         if module.c is not None:
             raise UnsupportedMethodError(
                 f"adapter {name!r} scales the channels of {path}, as DoRA and IA3 do, so the sum would be no plain "

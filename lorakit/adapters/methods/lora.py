@@ -1,7 +1,7 @@
 """LoRA and its plain variants: rsLoRA, rank_pattern, alpha_pattern, lora_bias; Linear, Conv1D and Embedding.
 
 y = W x + b + s · B A x, with s = alpha / r, or alpha / √r for rsLoRA (peft.tuners.lora.LoraLayer). DoRA adds its
-channel scale in dora.py. Factors that are stored packed are unpacked by bdlora.py and qalora.py; methods that change
+channel scale in dora.py, and experts.py has the parameters of experts. Factors that are stored packed are unpacked by bdlora.py and qalora.py; methods that change
 the base's weights are brought to the base as it is by pissa.py (also OLoRA) and kasa.py, which doubles the rank. Which
 options are served, lora_options.py says.
 
@@ -10,17 +10,16 @@ Sources: Hu et al. 2021 (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 23
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods import bdlora, dora, kasa, pissa, qalora
+from lorakit.adapters.methods import bdlora, dora, experts, kasa, pissa, qalora
 from lorakit.adapters.methods.lora_options import check_options
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
-from lorakit.adapters.methods.targets import by_pattern, place_at
+from lorakit.adapters.methods.targets import place_at, rank_and_scale, targeted
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import CheckpointError, ShapeMismatchError
 
@@ -40,20 +39,23 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     """Converts a LoRA checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     config = checkpoint.config
     check_options(checkpoint)
-    grouped = parts_of(checkpoint, base, "a LoRA", (*_FACTORS, _BIAS, dora.MAGNITUDE, kasa.DIAGONAL)).modules
+    rest, parameters, extras = experts.split(checkpoint, base)
+    grouped: Mapping[str, Mapping[str, torch.Tensor]] = {}
+    if rest.tensors or not parameters or targeted(rest, base):
+        grouped = parts_of(rest, base, "a LoRA", (*_FACTORS, _BIAS, dora.MAGNITUDE, kasa.DIAGONAL)).modules
     modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
     method = _method(checkpoint)
     # What A and B alone cannot give back to PEFT: DoRA's magnitudes, and biases, which the form holds scaled; all of
     # it where A and B are not the checkpoint's own.
     kept = (dora.MAGNITUDE, _BIAS, *(_FACTORS if method in _REBUILT else ()), kasa.DIAGONAL)
-    extras = {f"{path}.{item}": items[item] for path, items in grouped.items() for item in kept if item in items}
+    own = {f"{path}.{item}": items[item] for path, items in grouped.items() for item in kept if item in items}
     reads_base = bool(config.get("use_dora")) or method in ("pissa", "olora", "kasa")
-    return AdapterForm(method, modules, dict(config), extras, reads_base)
+    return AdapterForm(method, {**modules, **parameters}, dict(config), {**own, **extras}, reads_base)
 
 
 def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors by key."""
-    tensors = dict(form.extras)
+    tensors = experts.restore(form.modules, form.extras)
     for path, module in form.modules.items():
         for item, (factor, kind) in _FACTORS.items():
             tensor = getattr(module, factor)
@@ -94,7 +96,7 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         raise CheckpointError(f"{source}: {path} has no LoRA {lacking}; the file is incomplete.")
     if kinds != {place.kind}:
         raise ShapeMismatchError(f"{source}: {path} is an adapter for another kind of module than its {place.kind}.")
-    rank, scale = _rank_and_scale(checkpoint, path)
+    rank, scale = rank_and_scale(checkpoint, path)
     group = qalora.group_size(checkpoint, factors["a"], place.in_features)
     blocks = bdlora.blocks(checkpoint, place, path)
     expected = {"a": (rank, place.in_features // group), "b": (place.out_features, rank)}
@@ -128,10 +130,3 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         check_shape(source, f"the LoRA bias of {path}", items[_BIAS], (place.out_features,))
         d = scale * items[_BIAS].float()
     return module_form(place, a, b, form_scale, c, d)
-
-
-def _rank_and_scale(checkpoint: Checkpoint, path: str) -> tuple[int, float]:
-    """r and s of a module."""
-    rank: int = by_pattern(checkpoint, "rank_pattern", "r", path)
-    alpha: float = by_pattern(checkpoint, "alpha_pattern", "lora_alpha", path)
-    return rank, alpha / math.sqrt(rank) if checkpoint.config.get("use_rslora") else alpha / rank

@@ -6,6 +6,8 @@ silently wrong output is worse than a refusal. Knows peft.LoraConfig's fields; k
 
 from __future__ import annotations
 
+import dataclasses
+
 from peft import LoraConfig
 
 from lorakit.adapters.methods import bdlora, kasa, pissa
@@ -16,6 +18,7 @@ from lorakit.adapters.methods.options import (
     TARGETS,
     WHOLE_TENSORS,
     Option,
+    are_names,
     check_by_peft,
     check_values,
     flag,
@@ -34,7 +37,6 @@ from lorakit.errors import UnsupportedMethodError
 # Options that change what the adapter computes, and why they are refused.
 _REFUSED = {
     **WHOLE_TENSORS,
-    "target_parameters": "its expert parameters need per-expert factors",
     "alora_invocation_tokens": "it acts from its invocation tokens on, which needs per-token routing",
     "arrow_config": "its router chooses among adapters for every token",
     "layer_replication": "it changes the base's layers, which all tenants share",
@@ -54,7 +56,7 @@ _HARMLESS = COMMON | frozenset(
     "r lora_alpha lora_dropout bias use_rslora "
     "init_lora_weights rank_pattern alpha_pattern use_dora lora_bias loftq_config eva_config corda_config "
     "lora_ga_config megatron_core use_bdlora use_qalora qalora_group_size kasa_config runtime_config "
-    "ensure_weight_tying".split()
+    "ensure_weight_tying target_parameters".split()
 )
 
 
@@ -70,7 +72,8 @@ def check_options(checkpoint: Checkpoint) -> None:
     _check_variants(checkpoint)
     refuse_bias(checkpoint)
     refuse_unknown(checkpoint, _HARMLESS | _REFUSED.keys())
-    check_values(checkpoint, _OPTIONS)
+    check_values(checkpoint, (*(_TARGETS if checkpoint.config.get("target_parameters") else TARGETS), *_OPTIONS))
+    _check_parameters(checkpoint)
     check_by_peft(checkpoint, LoraConfig)
 
 
@@ -122,10 +125,37 @@ def _check_variants(checkpoint: Checkpoint) -> None:
         raise UnsupportedMethodError(f"{checkpoint.source}: {' and '.join(names)} are not served together.")
 
 
+def _check_parameters(checkpoint: Checkpoint) -> None:
+    """Refuses what PEFT does not take beside target_parameters (peft.tuners.lora.layer.ParamWrapper)."""
+    config = checkpoint.config
+    if not config.get("target_parameters"):
+        return
+    beside = {
+        **{name: config.get(name) for name in "lora_dropout fan_in_fan_out lora_bias use_dora use_qalora".split()},
+        "use_bdlora": bdlora.is_bdlora(checkpoint),
+        "kasa_config": kasa.is_kasa(checkpoint),
+        "init_lora_weights": pissa.method_of(checkpoint),
+    }
+    for name, value in beside.items():
+        if value:
+            raise UnsupportedMethodError(
+                f"{checkpoint.source}: {name}={shown(config[name])} and target_parameters are not served together: "
+                "PEFT has no such adapter of a parameter."
+            )
+
+
+# Beside target_parameters there may be no target_modules.
+_TARGETS = tuple(
+    dataclasses.replace(option, fits=are_names, needed=False) if option.needed else option for option in TARGETS
+)
 _OPTIONS = (
     rank("r"),
     number("lora_alpha"),
-    *TARGETS,
+    Option(
+        "target_parameters",
+        lambda value: are_names(value) and not isinstance(value, str),
+        "a list of parameters' names",
+    ),
     RANK_PATTERN,
     ALPHA_PATTERN,
     Option("lora_dropout", lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
