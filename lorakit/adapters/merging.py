@@ -179,8 +179,8 @@ class Recipe:
     def _check_module(self, name: str, path: str, module: Shape) -> None:
         if module.kind == "experts":
             raise UnsupportedMethodError(
-                f"adapter {name!r} is on {path}, the parameter of experts, which PEFT does not sum; leave it out of the "
-                "weights."
+                f"adapter {name!r} is on {path}, a parameter of experts, of which PEFT makes no sum; leave it out of "
+                "the weights."
             )
         if module.c is not None:
             raise UnsupportedMethodError(

@@ -55,7 +55,10 @@ class AdaptedModule:
         module: the module itself.
         base: its forward without this model's adapters.
         batch: the batch now in the model, if one of its adapters touches this module.
+        aligned: its factors begin where kernels can load them, as layouts see to.
     """
+
+    aligned = True
 
     def __init__(self, path: str, module: nn.Module) -> None:
         place = place_of(module)
@@ -74,12 +77,8 @@ class AdaptedModule:
 
     @property
     def device(self) -> torch.device:
-        """Where the module computes (not where accelerate keeps an offloaded weight)."""
-        hook = getattr(self.module, "_hf_hook", None)
-        execution = getattr(hook, "execution_device", None)
-        if execution is not None:
-            return torch.device(execution)
-        return next(itertools.chain(self.module.parameters(), self.module.buffers())).device
+        """Where the module computes."""
+        return device_of(self.module)
 
     @property
     def output_scale(self) -> float:
@@ -111,3 +110,12 @@ class AdaptedModule:
                 f"{self.path} was given {lead} rows for {rows} adapter_ids: the model does not feed it row by row, so "
                 "adapters on it cannot share a batch; give all rows one adapter."
             )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes (not where accelerate keeps an offloaded weight)."""
+    hook = getattr(module, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    if execution is not None:
+        return torch.device(execution)
+    return next(itertools.chain(module.parameters(), module.buffers())).device

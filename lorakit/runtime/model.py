@@ -33,6 +33,7 @@ from lorakit.errors import (
     BaseModelNotFoundError,
 )
 from lorakit.runtime import ops
+from lorakit.runtime.experts import AdaptedExperts, AdaptedParameter
 from lorakit.runtime.host_cache import ExtentReader
 from lorakit.runtime.layers import AdaptedModule, Batch
 from lorakit.runtime.placement import check_placement
@@ -104,13 +105,13 @@ class MultiLoraModel(nn.Module):
         self.model = model
         self.bank = bank
         self._lock = threading.RLock()
-        self._adapted: dict[str, AdaptedModule] = {}
+        self._adapted: dict[str, AdaptedModule | AdaptedParameter] = {}
         self._local: dict[str, tuple[str, Extent]] = {}
         self._unloaded: set[str] = set()
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._last: _Formed | None = None
-        self._active: list[AdaptedModule | Siblings] = []
+        self._active: list[AdaptedModule | AdaptedParameter | Siblings] = []
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
@@ -326,7 +327,9 @@ class MultiLoraModel(nn.Module):
     def _new_batch(self, slots: tuple[Slot | None, ...], kernels: bool) -> Batch:
         paths = {path for slot in slots if slot is not None for path in slot.modules}
         # Kernels read an adapter where the pool has it, so no module may compute on another device.
-        if kernels and all(self._adapted[path].device == self._pool.device for path in paths):
+        if kernels and all(
+            self._adapted[path].device == self._pool.device and self._adapted[path].aligned for path in paths
+        ):
             return Routing(slots, self._table, self._finder, device=self.device)
         return Stacking(slots, self._adapted, dtype=torch.promote_types(self.dtype, torch.float32))
 
@@ -392,11 +395,18 @@ class MultiLoraModel(nn.Module):
 
     def _adapt(self, slots: Sequence[Slot | None]) -> None:
         """Hooks the modules that these adapters touch and that have no hook yet."""
-        for path in dict.fromkeys(path for slot in slots if slot is not None for path in slot.modules):
+        layouts = dict.fromkeys(slot.layout for slot in slots if slot is not None)
+        for path, kind in dict.fromkeys((module.path, module.kind) for layout in layouts for module in layout.modules):
+            owner = path.rpartition(".")[0] if kind == "experts" else path
             if len(slots) > 1:
-                check_placement(self.model, path)
+                check_placement(self.model, owner)
             if path not in self._adapted:
-                self._adapted[path] = AdaptedModule(path, self.model.get_submodule(path))
+                module = self.model.get_submodule(owner)
+                if kind == "experts":
+                    experts = AdaptedExperts(owner, module)
+                    self._adapted |= {parameter.path: parameter for parameter in experts.parameters.values()}
+                else:
+                    self._adapted[path] = AdaptedModule(path, module)
 
     def _check_free(self, name: str) -> None:
         if name in self.adapters:

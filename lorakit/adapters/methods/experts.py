@@ -120,8 +120,8 @@ def _targeted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
     if others:
         raise UnsupportedMethodError(
             f"{checkpoint.source}: target_parameters names {others[0]!r}, of shape {base.parameters[others[0]]}, which "
-            "is no weight (experts, ·, ·) of a mixture of experts with transformers' interface of experts, or is packed "
-            "by a quantiser; name the modules of other weights with target_modules."
+            "is no weight (experts, ·, ·) of a module with transformers' interface of experts, or is packed by a "
+            "quantiser; name the modules of other weights with target_modules."
         )
     return paths
 

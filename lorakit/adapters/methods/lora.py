@@ -1,9 +1,9 @@
 """LoRA and its plain variants: rsLoRA, rank_pattern, alpha_pattern, lora_bias; Linear, Conv1D and Embedding.
 
 y = W x + b + s · B A x, with s = alpha / r, or alpha / √r for rsLoRA (peft.tuners.lora.LoraLayer). DoRA adds its
-channel scale in dora.py, and experts.py has the parameters of experts. Factors that are stored packed are unpacked by bdlora.py and qalora.py; methods that change
-the base's weights are brought to the base as it is by pissa.py (also OLoRA) and kasa.py, which doubles the rank. Which
-options are served, lora_options.py says.
+channel scale in dora.py; adapters on the parameters of experts are in experts.py. Factors that are stored packed are
+unpacked by bdlora.py and qalora.py; methods that change the base's weights are brought to the base as it is by pissa.py
+(also OLoRA) and kasa.py, which doubles the rank. Which options are served, lora_options.py says.
 
 Sources: Hu et al. 2021 (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 2312.03732); peft.LoraConfig.
 """
