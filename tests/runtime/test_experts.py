@@ -1,35 +1,48 @@
-"""Adapters on the parameters of experts, in mixed batches."""
+"""Adapters on the parameters of experts, in mixed batches; kernels as in test_routing, without a GPU interpreted."""
 
 import copy
 
 import pytest
 import torch
+from architectures import Architecture
 from mixtures import MIXTURES, in_double, mixture_of, one_row, relative, tenant_of
+from torch import nn
 
 from lorakit import MultiLoraModel
+from lorakit.adapters.places import expert_places_of
+from lorakit.errors import AdapterIdsError, UnsupportedMethodError
+from lorakit.runtime import ops
+from lorakit.runtime.experts import AdaptedExperts, Pairs
+from lorakit.runtime.routing import Routing
+from lorakit.runtime.stacking import Stacking
 
-IDS = ["experts", None, "other", "attention", "experts", None]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Family:
     """A base, PEFT models, and lorakit's model with all of them."""
 
-    def __init__(self, name, implementation=None, device="cpu"):
+    def __init__(self, name, implementation=None, device="cpu", **options):
         self.name, self.device = name, device
-        base = mixture_of(name)
-        self.tenants = {
-            "experts": tenant_of(name, 0),
-            "other": tenant_of(name, 1, target_parameters=["down_proj"], r=7, use_rslora=True),
-            "attention": tenant_of(name, 2, target_modules=["q_proj", "o_proj"], target_parameters=None),
-            "both": tenant_of(name, 3, target_modules=["v_proj"], rank_pattern={r".*1.mlp.experts.gate_up_proj": 9}),
-        }
-        self.model = MultiLoraModel(copy.deepcopy(base).to(device))
+        self.base = copy.deepcopy(mixture_of(name)).to(device)
         if implementation:
-            self.model.model.set_experts_implementation(implementation)
+            self.base.set_experts_implementation(implementation)
+        self.tenants = {
+            "experts": tenant_of(name, 0, self.base),
+            "other": tenant_of(name, 1, self.base, target_parameters=["down_proj"], r=7, use_rslora=True),
+            "attention": tenant_of(name, 2, self.base, target_modules=["q_proj", "o_proj"], target_parameters=None),
+            "both": tenant_of(
+                name,
+                3,
+                self.base,
+                target_modules=["v_proj"],
+                rank_pattern={r".*1.mlp.experts.gate_up_proj": 9},
+                alpha_pattern={"mlp.experts.down_proj": 3},
+            ),
+        }
+        self.model = MultiLoraModel(copy.deepcopy(self.base), **options)
         for tenant, peft in self.tenants.items():
             self.model.load_adapter(tenant, peft)
-        self.base = base.to(device)
-        self.tenants = {tenant: peft.to(device) for tenant, peft in self.tenants.items()}
 
     def inputs(self, rows, length=7):
         return {key: value.to(self.device) for key, value in MIXTURES[self.name].inputs(rows, length).items()}
@@ -37,23 +50,216 @@ class Family:
     def alone(self, tenant):
         return self.tenants[tenant] if tenant else self.base
 
+    def check(self, ids, length=7, limit=2e-5):
+        """Each row's logits are PEFT's own, in fp64; base rows are the base's."""
+        inputs = self.inputs(len(ids), length)
+        mixed = self.model(**inputs, adapter_ids=ids).logits
+        plain = self.base(**inputs).logits
+        for row, tenant in enumerate(ids):
+            exact = in_double(self.alone(tenant))(**one_row(inputs, row)).logits[0]
+            assert relative(mixed[row], exact) <= limit, tenant
+            if tenant is None:
+                assert relative(mixed[row], plain[row]) <= 1e-6
+            else:
+                assert relative(plain[row], exact) > 1e-2, "the adapter does nothing, so nothing is tested"
+        return mixed
+
 
 @pytest.fixture(scope="module", params=MIXTURES)
 def family(request):
     return Family(request.param)
 
 
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(ops, "has_kernels", lambda device, dtype: True)
+
+
 @torch.no_grad()
 def test_logits_in_a_mixed_batch_equal_pefts(family):
-    ids = [*IDS, "both"]
+    ids = ["experts", None, "other", "attention", "experts", None, "both"]
+    mixed = family.check(ids)
+    assert isinstance(family.model._last.batch, Stacking)
     inputs = family.inputs(len(ids))
-    mixed = family.model(**inputs, adapter_ids=ids).logits
-    plain = family.base(**inputs).logits
-    for row, tenant in enumerate(ids):
-        exact = in_double(family.alone(tenant))(**one_row(inputs, row)).logits[0]
-        assert relative(mixed[row], exact) <= 2e-5, tenant
-        assert tenant is None or relative(plain[row], exact) > 1e-2, "the adapter does nothing, so nothing is tested"
-        if tenant is None:
-            assert relative(mixed[row], plain[row]) <= 1e-6
     assert torch.equal(family.model(**inputs, adapter_ids=ids).logits, mixed)
-    assert torch.equal(family.model(**inputs).logits, plain)
+    assert torch.equal(family.model(**inputs).logits, family.base(**inputs).logits)
+    for tenant in ("experts", "both"):
+        exact = in_double(family.tenants[tenant])(**inputs).logits
+        assert relative(family.model(**inputs, adapter_ids=tenant).logits, exact) <= 2e-5
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "eager"])
+@pytest.mark.parametrize("name", MIXTURES)
+@torch.no_grad()
+def test_logits_with_every_implementation_of_transformers(name, implementation):
+    Family(name, implementation).check(["both", None, "other", "experts"])
+
+
+@torch.no_grad()
+def test_greedy_tokens_equal_pefts(family):
+    ids = ["other", None, "experts", "attention", "both"]
+    inputs = family.inputs(len(ids), 4)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    mixed = family.model.generate(**inputs, adapter_ids=ids, **options)
+    for row, tenant in enumerate(ids):
+        assert torch.equal(mixed[row], family.alone(tenant).generate(**one_row(inputs, row), **options)[0])
+
+
+def poison(model, name):
+    for form in model._slot(name, keep=()).modules.values():
+        for _, tensor in form.tensors():
+            tensor.fill_(float("nan"))
+    model._last = None
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@torch.no_grad()
+def test_an_adapter_full_of_nan_reaches_no_other_row(name):
+    """To rounding: its own rows take other experts now, and a product's bits depend on how many rows it has."""
+    family = Family(name)
+    ids = ["experts", "both", None, "other", "both", "attention"]
+    inputs = family.inputs(len(ids))
+    before = family.model(**inputs, adapter_ids=ids).logits
+    poison(family.model, "both")
+    after = family.model(**inputs, adapter_ids=ids).logits
+    for row, tenant in enumerate(ids):
+        assert after[row].isnan().all() if tenant == "both" else relative(after[row], before[row]) <= 1e-6
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@torch.no_grad()
+def test_kernels_give_pefts_logits(name, kernels):
+    family = Family(name, device=DEVICE)
+    ids = ["experts", None, "both", "other"]
+    first = family.check(ids, length=2)
+    assert isinstance(family.model._last.batch, Routing)
+    assert torch.equal(family.check(ids, length=2), first)
+    assert torch.equal(family.model(**family.inputs(4, 2)).logits, family.base(**family.inputs(4, 2)).logits)
+
+
+@torch.no_grad()
+def test_kernels_serve_adapters_of_different_dtypes(kernels):
+    family = Family("qwen3-moe", device=DEVICE)
+    tenant = family.tenants["experts"]
+    for key, parameter in tenant.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    family.model.load_adapter("narrow", tenant)
+    for parameter in tenant.parameters():
+        parameter.data = parameter.data.float()
+    family.tenants["narrow"] = tenant
+    assert family.model._slot("narrow", keep=()).dtype == torch.bfloat16
+    family.check(["narrow", "other", None], length=2)
+
+
+@torch.no_grad()
+def test_kernels_let_no_nan_reach_another_row(kernels):
+    family = Family("gpt-oss", device=DEVICE)
+    ids = ["experts", "both", None, "other"]
+    inputs = family.inputs(len(ids), 2)
+    before = family.model(**inputs, adapter_ids=ids).logits
+    poison(family.model, "both")
+    after = family.model(**inputs, adapter_ids=ids).logits
+    for row, tenant in enumerate(ids):
+        assert after[row].isnan().all() if tenant == "both" else relative(after[row], before[row]) <= 1e-6
+
+
+@torch.no_grad()
+def test_kernels_follow_slots_that_come_go_and_move(kernels):
+    nbytes = Family("mixtral").model._slot("both", keep=()).nbytes
+    family = Family("mixtral", device=DEVICE, adapter_memory=2 * nbytes)
+    for tenant in ("experts", "both", "other", "experts"):
+        family.check([tenant, None], length=1)
+        assert len(family.model._pool.keys) < 4
+
+
+@torch.no_grad()
+def test_sizes_that_kernels_cannot_load_are_served_without_them(kernels):
+    mixtral = MIXTURES["mixtral"]
+    base = Architecture(mixtral.model, mixtral.config, {**mixtral.options, "intermediate_size": 20}).build()
+    tenant = tenant_of("mixtral", 0, base)
+    model = MultiLoraModel(copy.deepcopy(base).to(DEVICE))
+    model.load_adapter("tenant", tenant)
+    inputs = {key: value.to(DEVICE) for key, value in mixtral.inputs(2).items()}
+    logits = model(**inputs, adapter_ids=["tenant", None]).logits
+    assert isinstance(model._last.batch, Stacking)
+    assert relative(logits[0], tenant.to(DEVICE)(**one_row(inputs, 0)).logits[0]) <= 1e-5
+
+
+def test_gradients_pass(family):
+    model, inputs = family.model, family.inputs(2)
+    model(**inputs, adapter_ids=["both", None]).logits[0].square().sum().backward()
+    mine = {name: parameter.grad for name, parameter in model.model.named_parameters()}
+    model.zero_grad()
+    tenant = copy.deepcopy(family.tenants["both"])
+    tenant.requires_grad_(True)
+    tenant(**one_row(inputs, 0)).logits.square().sum().backward()
+    for name, parameter in tenant.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert relative(mine[name.replace("base_layer.", "")], parameter.grad) <= 1e-4, name
+
+
+@torch.no_grad()
+def test_two_models_on_one_base_do_not_get_in_each_others_way(family):
+    base = copy.deepcopy(family.base)
+    models = {tenant: MultiLoraModel(base) for tenant in ("experts", "both")}
+    inputs = family.inputs(2)
+    for tenant, model in models.items():
+        model.load_adapter(tenant, family.tenants[tenant])
+    for _ in range(2):
+        for tenant, model in models.items():
+            logits = model(**inputs, adapter_ids=[tenant, None]).logits
+            assert relative(logits[0], family.tenants[tenant](**one_row(inputs, 0)).logits[0]) <= 1e-5
+    assert torch.equal(base(**inputs).logits, family.base(**inputs).logits)
+
+
+@torch.no_grad()
+def test_arguments_may_be_named(family):
+    """The models give them in order, but their names are the forward's own."""
+    model = family.model
+    model(**family.inputs(2), adapter_ids=["experts", None])
+    path = next(path for path in model._adapted if path.endswith("down_proj"))
+    experts = model.model.get_submodule(path.rpartition(".")[0])
+    x, chosen, weights = torch.randn(2, 32), torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2)
+    names = list(type(experts).forward.__wrapped__.__code__.co_varnames[1:4])
+    with model._batch(["experts", None], (x,), {}):
+        in_order = experts(x, chosen, weights)
+        named = experts(**dict(reversed([*zip(names, (x, chosen, weights), strict=True)])))
+    assert torch.equal(named, in_order)
+    assert not torch.allclose(experts(x, chosen, weights)[0], in_order[0])
+
+
+def test_tokens_that_do_not_lie_row_by_row_are_refused():
+    pairs = Pairs("model.experts", 7, torch.arange(7), torch.zeros(7, dtype=torch.int64), 2)
+    with pytest.raises(AdapterIdsError, match=r"model\.experts was given 7 tokens for 2 adapter_ids"):
+        pairs.keys(torch.tensor([0, -1]))
+
+
+def test_the_key_of_a_pair_is_its_adapter_and_expert():
+    token, expert = torch.tensor([0, 1, 2, 3, 3]), torch.tensor([1, 0, 2, 2, 0])
+    keys = Pairs("experts", 4, token, expert, 3).keys(torch.tensor([2, -1], dtype=torch.int32))
+    assert keys.tolist() == [7, 6, -1, -1, -1]
+
+
+def test_packed_experts_are_refused(family):
+    model = MultiLoraModel(copy.deepcopy(family.base))
+    model.load_adapter("experts", family.tenants["experts"])
+    for module in model.model.modules():
+        if expert_places_of(module):
+            module.down_proj = nn.Parameter(module.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UnsupportedMethodError, match=r"experts.*packed by a quantiser"):
+        model(**family.inputs(2), adapter_ids=["experts", None])
+
+
+def test_experts_that_are_spread_over_devices_are_refused(family):
+    experts = copy.deepcopy(next(module for module in family.base.modules() if expert_places_of(module)))
+    experts._is_expert_parallel = True
+    with pytest.raises(UnsupportedMethodError, match=r"'mlp\.experts'.*several devices"):
+        AdaptedExperts("mlp.experts", experts)
+
+
+def test_a_transformers_that_computes_them_otherwise_is_refused(family, monkeypatch):
+    monkeypatch.setattr("lorakit.runtime.experts._moe", object())
+    experts = copy.deepcopy(next(module for module in family.base.modules() if expert_places_of(module)))
+    with pytest.raises(UnsupportedMethodError, match="transformers .* in a way that this lorakit does not know"):
+        AdaptedExperts("mlp.experts", experts)
