@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.places import Place, base_modules, expert_places, places
+from lorakit.adapters.places import Place, base_modules, parameter_places, places
 from lorakit.errors import BaseModelMismatchError, BaseModelNotFoundError
 
 # PEFT's task types and the class that each is trained on (peft.mapping.MODEL_TYPE_TO_PEFT_MODEL_MAPPING).
@@ -60,7 +60,7 @@ class BaseModel:
         id: the Hub id or folder that the base was named by ("" for a live model that has none).
         architecture: its transformers class, for example "LlamaForCausalLM".
         places: module path → `Place`, for every module that can carry an adapter.
-        experts: parameter path → `Place`, for every parameter of experts that can.
+        parameter_places: parameter path → `Place`, for every parameter that can by itself: experts' and routers'.
         all_linear: the paths that PEFT means by target_modules="all-linear": every linear but the output's.
     """
 
@@ -69,7 +69,7 @@ class BaseModel:
         self.architecture = type(model).__name__
         self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         self.places: Mapping[str, Place] = places(model)
-        self.experts: Mapping[str, Place] = expert_places(model)
+        self.parameter_places: Mapping[str, Place] = parameter_places(model)
         self.all_linear = _all_linear(model)
         self.parameters = {name: tuple(p.shape) for name, p in _base_parameters(model)}
         self._weights = weights

@@ -23,7 +23,7 @@ import torch
 
 from lorakit.errors import NonFiniteWeightsError
 
-Kind = Literal["linear", "embedding", "experts"]
+Kind = Literal["linear", "embedding", "experts", "router"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +31,8 @@ class ModuleForm:
     """One module's share of an adapter.
 
     Attributes:
-        kind: what the module computes, "linear" (also for GPT-2's Conv1D), "embedding", or "experts": a parameter that
-            holds a linear for each of E experts.
+        kind: what the module computes, "linear" (also for GPT-2's Conv1D) or "embedding"; or what a parameter is,
+            "experts", a linear for each of E experts, or "router", a linear of a module that goes on from there.
         in_features: the input width; for an embedding the number of its rows (the vocabulary).
         out_features: the output width.
         a: A as (r, in); for an embedding transposed, (in, r), so that a token's lookup reads one contiguous row.
@@ -91,8 +91,8 @@ class AdapterForm:
 
     Attributes:
         method: the method's short name, as `inspect` prints it ("lora", "rslora", "dora", …).
-        modules: module path in the base model → its form. Paths are those of `named_modules()`, for experts those of
-            `named_parameters()`.
+        modules: module path in the base model → its form. Paths are those of `named_modules()`, for experts and
+            routers those of `named_parameters()`.
         config: the checkpoint's adapter_config.json.
         extras: tensors of the checkpoint that the form does not hold as they were (DoRA's magnitudes, under their
             PEFT keys); kept so that the checkpoint can be written back, never loaded for serving.

@@ -76,7 +76,7 @@ class ModuleLayout:
 
     Attributes:
         path: the module's path in the base model.
-        kind: "linear", "embedding" or "experts".
+        kind: "linear", "embedding", "experts" or "router".
         in_features: the input width, or an embedding's number of rows.
         out_features: the output width.
         rank: r; 0 without factors.

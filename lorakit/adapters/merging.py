@@ -177,10 +177,10 @@ class Recipe:
             )
 
     def _check_module(self, name: str, path: str, module: Shape) -> None:
-        if module.kind == "experts":
+        if module.kind in ("experts", "router"):
             raise UnsupportedMethodError(
-                f"adapter {name!r} is on {path}, a parameter of experts, of which PEFT makes no sum; leave it out of "
-                "the weights."
+                f"adapter {name!r} is on {path}, by target_parameters, of which PEFT makes no sum; leave it out of the "
+                "weights."
             )
         if module.c is not None:
             raise UnsupportedMethodError(

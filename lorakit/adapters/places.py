@@ -22,7 +22,8 @@ class Place:
     """A module that can carry an adapter.
 
     Attributes:
-        kind: "linear" (y = W x + b), "embedding" (a row of W a token) or "experts" (a W for each of E experts).
+        kind: "linear" (y = W x + b), "embedding" (a row of W a token), "experts" (a W for each of E experts) or
+            "router" (y = W x + b within a module that goes on from there).
         in_features: input width; an embedding's number of rows.
         out_features: output width.
         transposed: the weight is stored (in, out), as transformers' Conv1D, every embedding and gpt-oss's experts have
@@ -71,17 +72,18 @@ def places(model: nn.Module) -> dict[str, Place]:
     return {path: place for path, module in base_modules(model) if (place := place_of(module)) is not None}
 
 
-def expert_places(model: nn.Module) -> dict[str, Place]:
-    """The parameters of a model's experts by their paths, in the order of `named_parameters()`.
+def parameter_places(model: nn.Module) -> dict[str, Place]:
+    """The places of a model that are parameters, by their paths, in the order of `named_parameters()`.
 
-    They stand apart from `places`: PEFT's target_modules never means them, and where a quantiser packs them the base
-    is still the same.
+    They are experts' weights, and the weights of routers and other modules that are no place themselves. They stand
+    apart from `places`: PEFT's target_modules never means them, and where a quantiser packs experts the base is still
+    the same.
     """
-    return {
-        f"{path}.{name}": place
-        for path, module in base_modules(model)
-        for name, place in expert_places_of(module).items()
-    }
+    found: dict[str, Place] = {}
+    for path, module in base_modules(model):
+        of_module = expert_places_of(module) or _router_places_of(module)
+        found |= {f"{path}.{name}": place for name, place in of_module.items()}
+    return found
 
 
 def expert_places_of(module: nn.Module) -> dict[str, Place]:
@@ -106,6 +108,15 @@ def expert_places_of(module: nn.Module) -> dict[str, Place]:
         width, height = (rows, columns) if transposed else (columns, rows)
         found[name] = Place("experts", width, height, transposed, experts)
     return found if [name for name, _ in module.named_parameters(recurse=False) if name in found] == [*found] else {}
+
+
+def _router_places_of(module: nn.Module) -> dict[str, Place]:
+    """The weight (out, in) of a module that may multiply by it, and then goes on, as the routers of experts do."""
+    weight: Any = getattr(module, "weight", None)
+    if place_of(module) is not None or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        return {}
+    height, width = weight.shape
+    return {"weight": Place("router", width, height, transposed=False)} if weight.dtype in _DTYPES else {}
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -56,19 +56,24 @@ class AdaptedModule:
         base: its forward without this model's adapters.
         batch: the batch now in the model, if one of its adapters touches this module.
         aligned: its factors begin where kernels can load them, as layouts see to.
+        joins: it may be served together with its siblings.
     """
 
     aligned = True
+    joins = True
 
     def __init__(self, path: str, module: nn.Module) -> None:
         place = place_of(module)
         assert place is not None, f"{path} was exported, so it can carry an adapter"
+        self._take(path, module, embedding=place.kind == "embedding")
+        module.register_forward_hook(self._add, with_kwargs=True)
+
+    def _take(self, path: str, module: nn.Module, *, embedding: bool) -> None:
         self.path = path
         self.batch: Batch | None = None
-        self.embedding = place.kind == "embedding"
+        self.embedding = embedding
         self.base: Callable[..., torch.Tensor] = module.forward
         self.module = module
-        module.register_forward_hook(self._add, with_kwargs=True)
 
     def serve_with(self, forward: Callable[..., torch.Tensor]) -> None:
         """Puts another forward in the place of the module's, which stays callable as `base`."""

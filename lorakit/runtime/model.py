@@ -38,6 +38,7 @@ from lorakit.runtime.host_cache import ExtentReader
 from lorakit.runtime.layers import AdaptedModule, Batch
 from lorakit.runtime.placement import check_placement
 from lorakit.runtime.pool import AdapterPool, Slot, plain_tensors
+from lorakit.runtime.routers import AdaptedRouter
 from lorakit.runtime.routing import Routing
 from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
@@ -397,7 +398,7 @@ class MultiLoraModel(nn.Module):
         """Hooks the modules that these adapters touch and that have no hook yet."""
         layouts = dict.fromkeys(slot.layout for slot in slots if slot is not None)
         for path, kind in dict.fromkeys((module.path, module.kind) for layout in layouts for module in layout.modules):
-            owner = path.rpartition(".")[0] if kind == "experts" else path
+            owner = path.rpartition(".")[0] if kind in ("experts", "router") else path
             if len(slots) > 1:
                 check_placement(self.model, owner)
             if path not in self._adapted:
@@ -405,6 +406,8 @@ class MultiLoraModel(nn.Module):
                 if kind == "experts":
                     experts = AdaptedExperts(owner, module)
                     self._adapted |= {parameter.path: parameter for parameter in experts.parameters.values()}
+                elif kind == "router":
+                    self._adapted[path] = AdaptedRouter(path, module)
                 else:
                     self._adapted[path] = AdaptedModule(path, module)
 

@@ -80,7 +80,7 @@ class Routing:
 
     def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Adds the adapters' share at a module. See `layers.Batch`."""
-        if not torch.compiler.is_compiling() and not module.embedding:
+        if module.joins and not torch.compiler.is_compiling() and not module.embedding:
             self._finder.see(module, x)
         y = y.contiguous()
         if module.embedding:

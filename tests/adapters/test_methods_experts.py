@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from compatibility import served
-from mixtures import EXPERTS, MIXTURES, in_double, mixture_of, one_row, relative, tenant_of
+from mixtures import MIXTURES, in_double, mixture_of, one_row, relative, tenant_of
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft_folders import CONFIG, WEIGHTS, edit_config, edit_tensors, key_of, save
@@ -19,7 +19,7 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import convert
 from lorakit.adapters.merging import Recipe
 from lorakit.adapters.methods import restore
-from lorakit.adapters.places import expert_places
+from lorakit.adapters.places import parameter_places
 from lorakit.errors import (
     CheckpointError,
     ModuleNotFoundInBaseError,
@@ -38,6 +38,7 @@ OPTIONS = {
     },
     "with modules": {"target_modules": ["q_proj", "embed_tokens"]},
     "no modules": {"target_modules": None},
+    "routers": {"target_parameters": ["gate.weight", "router.weight", "experts.down_proj"], "r": 3},
 }
 
 
@@ -61,7 +62,7 @@ def product(module):
 
 def as_stored(base, path, delta):
     """(E, out, in) as the base stores the parameter."""
-    return delta.mT if expert_places(base)[path].transposed else delta
+    return delta.mT if parameter_places(base)[path].transposed else delta
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -71,7 +72,7 @@ def test_the_form_is_what_peft_computes_and_gives_the_checkpoint_back(name, opti
     base, tenant = mixture_of(name), tenant_of(name, 0, **options)
     form = form_of(save(tenant, tmp_path / "x"), base)
     found = wrappers(tenant)
-    assert {path for path, module in form.modules.items() if module.kind == "experts"} == found.keys()
+    assert {path for path, module in form.modules.items() if module.kind in ("experts", "router")} == found.keys()
     for path, wrapper in found.items():
         expected = wrapper.double().get_delta_weight("default")
         assert relative(as_stored(base, path, product(form.modules[path])), expected) < 1e-14
@@ -117,7 +118,7 @@ def effective(base, checkpoint, first):
     tensors = load_file(checkpoint / WEIGHTS)
     config = json.loads((checkpoint / CONFIG).read_text())
     changed = copy.deepcopy(base)
-    for path in expert_places(base):
+    for path in parameter_places(base):
         module, _, name = path.rpartition(".")
         if name not in config["target_parameters"]:
             continue
@@ -139,7 +140,7 @@ def old_checkpoint(base, folder, version, first, targets):
     generator = torch.Generator().manual_seed(1)
 
     def change(tensors):
-        for path, place in expert_places(base).items():
+        for path, place in parameter_places(base).items():
             module, _, name = path.rpartition(".")
             if name not in targets:
                 continue
@@ -260,13 +261,14 @@ def test_a_checkpoint_in_two_layouts_is_refused(tmp_path):
     ("changes", "error", "message"),
     [
         ({"target_parameters": ["experts.w9"]}, ModuleNotFoundInBaseError, r"no parameter that .*experts\.w9"),
-        ({"target_parameters": ["gate.weight"]}, UnsupportedMethodError, "'model.layers.0.mlp.gate.weight'.*interface"),
+        ({"target_parameters": ["norm.weight"]}, UnsupportedMethodError, r"'model.norm.weight', of shape \(32,\)"),
+        ({"target_parameters": ["gate.weight"]}, CheckpointError, "gate.weight has no 'model.layers.0.mlp.gate.lora_A"),
         ({"target_parameters": ["q_proj.weight"]}, UnsupportedMethodError, "q_proj.weight.*target_modules"),
         ({"target_parameters": "down_proj"}, CheckpointError, "target_parameters .*'down_proj'.*list"),
         ({"target_parameters": [7]}, CheckpointError, "target_parameters .*a list of parameters' names"),
         ({"target_parameters": {"a": 1}}, CheckpointError, "target_parameters .*a list"),
         ({"target_parameters": []}, CheckpointError, "target_modules .*is \\[\\]"),
-        ({"target_parameters": ["down_proj"]}, CheckpointError, "not part of|no module|surplus|do not name"),
+        ({"target_parameters": ["down_proj"]}, ModuleNotFoundInBaseError, "experts.base_layer"),
         ({"target_modules": ["q_proj"]}, CheckpointError, "holds no lora_A"),
         ({"target_modules": 3}, CheckpointError, "target_modules .* is 3"),
         ({"lora_dropout": 0.1}, UnsupportedMethodError, "lora_dropout=0.1 and target_parameters"),
@@ -297,7 +299,8 @@ def test_tensors_that_are_missing_or_too_many_are_refused(tmp_path):
         form_of(folder, base)
     folder = save(tenant_of("qwen3-moe"), tmp_path / "surplus")
     edit_tensors(
-        folder, lambda tensors: tensors.update({"base_model.model.model.layers.7.mlp.experts.lora_A.weight": torch.ones(2, 2)})
+        folder,
+        lambda tensors: tensors.update({"base_model.model.model.layers.7.mlp.experts.lora_A.weight": torch.ones(2, 2)}),
     )
     with pytest.raises((CheckpointError, ModuleNotFoundInBaseError), match=r"layers\.7"):
         form_of(folder, base)
@@ -316,7 +319,7 @@ def test_nan_is_refused_by_its_place(tmp_path):
 
 def test_an_adapter_of_experts_is_no_part_of_a_sum():
     form = form_of(tenant_of("mixtral"), mixture_of("mixtral"))
-    with pytest.raises(UnsupportedMethodError, match="parameter of experts"):
+    with pytest.raises(UnsupportedMethodError, match="by target_parameters"):
         Recipe({"a": 1.0, "b": 1.0}).check({"a": form, "b": form})
 
 
@@ -328,10 +331,11 @@ def test_a_base_with_other_experts_is_refused(tmp_path):
 
 def test_a_single_expert_and_packed_ones_are_no_places():
     config = Qwen3MoeConfig(**{**MIXTURES["qwen3-moe"].options, "num_experts": 1, "num_experts_per_tok": 1})
-    assert expert_places(Qwen3MoeForCausalLM(config)) == {}
+    assert {place.kind for place in parameter_places(Qwen3MoeForCausalLM(config)).values()} == {"router"}
     base = copy.deepcopy(mixture_of("gpt-oss"))
     base.model.layers[0].mlp.experts.to(torch.float8_e4m3fn)
-    assert all(path.startswith("model.layers.1.") for path in expert_places(base))
+    kinds = {path: place.kind for path, place in parameter_places(base).items() if path.startswith("model.layers.0.")}
+    assert kinds == {"model.layers.0.mlp.router.weight": "router"}
 
 
 def test_target_modules_never_mean_a_parameter(tmp_path):
@@ -353,7 +357,3 @@ def test_an_adapter_trained_beside_another_keeps_its_own(tmp_path):
     form = form_of(tenant, mixture_of("mixtral"))
     for path, wrapper in wrappers(tenant).items():
         assert relative(product(form.modules[path]), wrapper.double().get_delta_weight("second")) < 1e-14
-
-
-def test_the_options_here_name_both_parameters():
-    assert len(EXPERTS["target_parameters"]) == 2

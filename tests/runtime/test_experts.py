@@ -16,6 +16,7 @@ from lorakit.runtime.experts import AdaptedExperts, Pairs
 from lorakit.runtime.routing import Routing
 from lorakit.runtime.stacking import Stacking
 
+ROUTERS = ["gate.weight", "router.weight"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -39,6 +40,8 @@ class Family:
                 rank_pattern={r".*1.mlp.experts.gate_up_proj": 9},
                 alpha_pattern={"mlp.experts.down_proj": 3},
             ),
+            # Where transformers 4 had modules, PEFT makes this every expert and router too.
+            "all": tenant_of(name, 4, self.base, target_modules="all-linear", target_parameters=ROUTERS),
         }
         self.model = MultiLoraModel(copy.deepcopy(self.base), **options)
         for tenant, peft in self.tenants.items():
@@ -77,13 +80,13 @@ def kernels(monkeypatch):
 
 @torch.no_grad()
 def test_logits_in_a_mixed_batch_equal_pefts(family):
-    ids = ["experts", None, "other", "attention", "experts", None, "both"]
+    ids = ["experts", None, "other", "attention", "experts", None, "both", "all"]
     mixed = family.check(ids)
     assert isinstance(family.model._last.batch, Stacking)
     inputs = family.inputs(len(ids))
     assert torch.equal(family.model(**inputs, adapter_ids=ids).logits, mixed)
     assert torch.equal(family.model(**inputs).logits, family.base(**inputs).logits)
-    for tenant in ("experts", "both"):
+    for tenant in ("experts", "all"):
         exact = in_double(family.tenants[tenant])(**inputs).logits
         assert relative(family.model(**inputs, adapter_ids=tenant).logits, exact) <= 2e-5
 
@@ -92,12 +95,12 @@ def test_logits_in_a_mixed_batch_equal_pefts(family):
 @pytest.mark.parametrize("name", MIXTURES)
 @torch.no_grad()
 def test_logits_with_every_implementation_of_transformers(name, implementation):
-    Family(name, implementation).check(["both", None, "other", "experts"])
+    Family(name, implementation).check(["both", None, "other", "all"])
 
 
 @torch.no_grad()
 def test_greedy_tokens_equal_pefts(family):
-    ids = ["other", None, "experts", "attention", "both"]
+    ids = ["other", None, "experts", "attention", "both", "all"]
     inputs = family.inputs(len(ids), 4)
     options = {"max_new_tokens": 6, "do_sample": False}
     mixed = family.model.generate(**inputs, adapter_ids=ids, **options)
@@ -130,7 +133,7 @@ def test_an_adapter_full_of_nan_reaches_no_other_row(name):
 @torch.no_grad()
 def test_kernels_give_pefts_logits(name, kernels):
     family = Family(name, device=DEVICE)
-    ids = ["experts", None, "both", "other"]
+    ids = ["experts", None, "both", "all"]
     first = family.check(ids, length=2)
     assert isinstance(family.model._last.batch, Routing)
     assert torch.equal(family.check(ids, length=2), first)

@@ -1,8 +1,9 @@
-"""LoRA on the parameters of experts, by PEFT's `target_parameters`: y = W_e x + b_e + s · B_e A_e x for each expert e.
+"""LoRA on parameters, by PEFT's `target_parameters`: y = W_e x + b_e + s · B_e A_e x for each expert e.
 
-PEFT (peft.tuners.lora.layer.ParamWrapper) keeps the factors of all E experts in two matrices: "A" (E·r, ·), an
-expert's r rows together, and "B" (·, r·E), an expert's columns E apart. Which side of the weight "A" is on depends on
-the version that made the checkpoint, for a parameter as it is stored, (E, d1, d2):
+The weight of a router, a matrix, has factors as a linear module has them, under that module's keys. For experts PEFT
+(peft.tuners.lora.layer.ParamWrapper) keeps the factors of all E in two matrices: "A" (E·r, ·), an expert's r rows
+together, and "B" (·, r·E), an expert's columns E apart. Which side of the weight "A" is on depends on the version that
+made the checkpoint, for a parameter as it is stored, (E, d1, d2):
 
     before 0.19     always d1, so that for a weight (out, in) PEFT's "A" is our B, and its "B" our A
     0.19.0          d2 for a weight that its module calls transposed, (in, out); else d1
@@ -28,7 +29,7 @@ from packaging.version import InvalidVersion, Version
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import ModuleForm
 from lorakit.adapters.methods.options import shown
-from lorakit.adapters.methods.parts import check_shape
+from lorakit.adapters.methods.parts import check_shape, module_form
 from lorakit.adapters.methods.targets import rank_and_scale
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import LAST_OF_EXPERTS, Place
@@ -43,7 +44,7 @@ class Split(NamedTuple):
     """A checkpoint in two.
 
     Attributes:
-        rest: the checkpoint without the tensors of experts.
+        rest: the checkpoint without the tensors of parameters.
         modules: parameter path → form.
         extras: what `restore` needs beside the forms.
     """
@@ -54,7 +55,7 @@ class Split(NamedTuple):
 
 
 def split(checkpoint: Checkpoint, base: BaseModel) -> Split:
-    """Takes the parameters of experts out of a checkpoint.
+    """Takes the tensors of parameters out of a checkpoint.
 
     Args:
         checkpoint: a LoRA checkpoint, its options checked.
@@ -62,7 +63,7 @@ def split(checkpoint: Checkpoint, base: BaseModel) -> Split:
 
     Raises:
         ModuleNotFoundInBaseError: target_parameters names what the base does not have.
-        UnsupportedMethodError: it names a parameter that is none of experts; or nothing says which side A is on.
+        UnsupportedMethodError: it names a parameter that is no place; or nothing says which side A is on.
         CheckpointError: tensors are missing, or contradict each other.
         ShapeMismatchError: tensors do not fit the configuration and the base.
     """
@@ -79,7 +80,7 @@ def split(checkpoint: Checkpoint, base: BaseModel) -> Split:
         found[path] = tensors.pop(keys[0]), tensors.pop(keys[1])
     on_input = _is_on_input(checkpoint, base, found)
     modules = {
-        path: _form(base.experts[path], a, b, on_input, *rank_and_scale(checkpoint, path))
+        path: _form(base.parameter_places[path], a, b, on_input, *rank_and_scale(checkpoint, path))
         for path, (a, b) in found.items()
     }
     extras = {} if on_input else {_ON_OUTPUT: torch.zeros(0, dtype=torch.uint8)}
@@ -90,16 +91,20 @@ def restore(modules: Mapping[str, ModuleForm], extras: Mapping[str, torch.Tensor
     """A checkpoint's tensors by key.
 
     Args:
-        modules: path → form of a whole adapter; those of experts are restored.
+        modules: path → form of a whole adapter; those of parameters are restored.
         extras: of the adapter.
 
     Returns:
-        The extras that are PEFT's, and the tensors of experts.
+        The extras that are PEFT's, and the parameters' tensors.
     """
     tensors = {key: tensor for key, tensor in extras.items() if key != _ON_OUTPUT}
-    for path, prefix in _prefixes(path for path, module in modules.items() if module.kind == "experts").items():
+    parameters = (path for path, module in modules.items() if module.kind in ("experts", "router"))
+    for path, prefix in _prefixes(parameters).items():
         module = modules[path]
         assert module.a is not None and module.b is not None
+        if module.kind == "router":
+            tensors |= {f"{prefix}.{_A}": module.a, f"{prefix}.{_B}": module.b}
+            continue
         a, b = (module.b.mT, module.a.mT) if _ON_OUTPUT in extras else (module.a, module.b)
         tensors[f"{prefix}.{_A}"] = a.reshape(-1, a.shape[-1])
         tensors[f"{prefix}.{_B}"] = b.permute(1, 2, 0).reshape(b.shape[1], -1)
@@ -116,18 +121,18 @@ def _targeted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
             f"{checkpoint.source}: the base model {base.id or base.architecture!r} ({base.architecture}) has no "
             f"parameter that target_parameters names ({', '.join(names)}); was it trained on another base?"
         )
-    others = [path for path in paths if path not in base.experts]
+    others = [path for path in paths if path not in base.parameter_places]
     if others:
         raise UnsupportedMethodError(
             f"{checkpoint.source}: target_parameters names {others[0]!r}, of shape {base.parameters[others[0]]}, which "
-            "is no weight (experts, ·, ·) of a module with transformers' interface of experts, or is packed by a "
-            "quantiser; name the modules of other weights with target_modules."
+            "is neither a weight (experts, ·, ·) of a module with transformers' interface of experts nor a router's, "
+            "or is packed by a quantiser; name the modules of other weights with target_modules."
         )
     return paths
 
 
 def _prefixes(paths: Iterable[str]) -> dict[str, str]:
-    """Parameter path → what its keys begin with."""
+    """Parameter path → what its keys begin with: each parameter wraps its module once more, the last outermost."""
     by_module: dict[str, list[str]] = {}
     for path in paths:
         by_module.setdefault(path.rpartition(".")[0], []).append(path)
@@ -145,12 +150,14 @@ def _form(place: Place, a: torch.Tensor, b: torch.Tensor, on_input: bool, rank: 
 
     Args:
         place: where.
-        a: PEFT's "A", (E·r, ·).
-        b: PEFT's "B", (·, r·E).
+        a: PEFT's "A", (E·r, ·); a router's (r, in).
+        b: PEFT's "B", (·, r·E); a router's (out, r).
         on_input: whether "A" is on the weight's input.
         rank: r.
         scale: s.
     """
+    if place.kind == "router":
+        return module_form(place, a, b, scale)
     a = a.reshape(place.experts, rank, -1)
     b = b.reshape(-1, rank, place.experts).permute(2, 0, 1)
     if not on_input:
@@ -164,17 +171,17 @@ def _is_on_input(
     """Whether PEFT's "A" is on the weights' input, as it is for all of a checkpoint or for none; checks all shapes."""
     by_shape: dict[bool, str] = {}
     for path, (a, b) in found.items():
-        place, (rank, _) = base.experts[path], rank_and_scale(checkpoint, path)
+        place, (rank, _) = base.parameter_places[path], rank_and_scale(checkpoint, path)
         packed = rank * place.experts
         shapes = {
             True: ((packed, place.in_features), (place.out_features, packed)),
             False: ((packed, place.out_features), (place.in_features, packed)),
         }
         sides = [side for side, shape in shapes.items() if (tuple(a.shape), tuple(b.shape)) == shape]
-        if not sides:
+        if not sides or (place.kind == "router" and True not in sides):
             check_shape(checkpoint.source, f"LoRA A of {path}", a, shapes[True][0])
             check_shape(checkpoint.source, f"LoRA B of {path}", b, shapes[True][1])
-        if len(sides) == 1:
+        elif len(sides) == 1 and place.kind == "experts":
             by_shape[sides[0]] = path
     if len(by_shape) > 1:
         raise ShapeMismatchError(
@@ -183,7 +190,8 @@ def _is_on_input(
         )
     if by_shape:
         return next(iter(by_shape))
-    return all(_by_version(checkpoint, path, base.experts[path].transposed) for path in found)
+    experts = {path: place for path in found if (place := base.parameter_places[path]).kind == "experts"}
+    return all(_by_version(checkpoint, path, place.transposed) for path, place in experts.items())
 
 
 def _by_version(checkpoint: Checkpoint, path: str, transposed: bool) -> bool:
