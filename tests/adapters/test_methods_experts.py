@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from compatibility import served
-from mixtures import MIXTURES, in_double, mixture_of, one_row, relative, tenant_of
+from mixtures import EXPERTS, MIXTURES, in_double, mixture_of, one_row, relative, tenant_of
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft_folders import CONFIG, WEIGHTS, edit_config, edit_tensors, key_of, save
@@ -85,14 +85,15 @@ def test_the_form_is_what_peft_computes_and_gives_the_checkpoint_back(name, opti
 @pytest.mark.parametrize("name", MIXTURES)
 @torch.no_grad()
 def test_logits_equal_pefts_and_a_base_row_beside_it_is_the_bases(name, tmp_path):
-    base, tenant = mixture_of(name), tenant_of(name, 0, target_modules=["q_proj", "v_proj"])
+    parameters = [*EXPERTS["target_parameters"], "gate.weight", "router.weight"]
+    base, tenant = mixture_of(name), tenant_of(name, 0, target_modules=["q_proj"], target_parameters=parameters)
     bank = export({"tenant": save(tenant, tmp_path / "x")}, tmp_path / "bank", base_model=base)
     inputs = MIXTURES[name].inputs(2)
     mixed = MultiLoraModel(copy.deepcopy(base), bank)(**inputs, adapter_ids=["tenant", None]).logits
     error = relative(mixed[0], in_double(tenant)(**one_row(inputs, 0)).logits[0])
     assert error <= 2e-5
     assert relative(mixed[1], base(**inputs).logits[1]) <= 1e-6
-    served("target_parameters", name, {"Experts", "Linear"}, error)
+    served("lora", name, {"Linear", "experts", "router"}, error)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -357,3 +358,37 @@ def test_an_adapter_trained_beside_another_keeps_its_own(tmp_path):
     form = form_of(tenant, mixture_of("mixtral"))
     for path, wrapper in wrappers(tenant).items():
         assert relative(product(form.modules[path]), wrapper.double().get_delta_weight("second")) < 1e-14
+
+
+@torch.no_grad()
+def test_experts_that_were_modules_are_refused_with_a_remedy_that_helps(tmp_path):
+    """A checkpoint of transformers 4, where each expert of Qwen3-MoE was three linear modules."""
+    base = mixture_of("qwen3-moe")
+    folder = save(tenant_of("qwen3-moe", 0, target_modules=["q_proj"], target_parameters=None), tmp_path / "old")
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"gate_proj": (32, 24), "up_proj": (32, 24), "down_proj": (24, 32)}
+    exact = in_double(tenant_of("qwen3-moe", 0, target_modules=["q_proj"], target_parameters=None))
+
+    def change(tensors):
+        for layer in range(2):
+            experts = exact.get_base_model().model.layers[layer].mlp.experts
+            for expert in range(5):
+                for name, (width, height) in sizes.items():
+                    a = 0.2 * torch.randn(4, width, generator=generator)
+                    b = 0.2 * torch.randn(height, 4, generator=generator)
+                    prefix = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
+                    tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+                    weight = experts.down_proj if name == "down_proj" else experts.gate_up_proj
+                    begin = height if name == "up_proj" else 0
+                    weight.data[expert, begin : begin + height] += 6 / 4 * b.double() @ a.double()
+
+    edit_tensors(folder, change)
+    edit_config(folder, target_modules=["q_proj", *sizes])
+    with pytest.raises(UnsupportedMethodError, match=r"layers\.0\.mlp\.experts\..*Load it with PEFT .* save it again"):
+        form_of(folder, base)
+    save(PeftModel.from_pretrained(copy.deepcopy(base), folder), tmp_path / "new")
+    model = MultiLoraModel(copy.deepcopy(base))
+    model.load_adapter("tenant", tmp_path / "new")
+    inputs = MIXTURES["qwen3-moe"].inputs(2)
+    mixed = model(**inputs, adapter_ids=["tenant", None]).logits
+    assert relative(mixed[0], exact(**inputs).logits[0]) <= 2e-5

@@ -20,6 +20,7 @@ the keys "experts.lora_A", the one before it "experts.base_layer.lora_A", and so
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from lorakit.adapters.places import LAST_OF_EXPERTS, Place
 from lorakit.errors import CheckpointError, ModuleNotFoundInBaseError, ShapeMismatchError, UnsupportedMethodError
 
 _A, _B = "lora_A.weight", "lora_B.weight"
+_OF_ONE = re.compile(r"(.*\.experts\.[0-9]+\..*)\.lora_[AB]\.weight")
 _ON_OUTPUT = "target_parameters.on_output"
 """An extra that is there, empty, where PEFT's "A" is on the weights' output."""
 
@@ -63,10 +65,12 @@ def split(checkpoint: Checkpoint, base: BaseModel) -> Split:
 
     Raises:
         ModuleNotFoundInBaseError: target_parameters names what the base does not have.
-        UnsupportedMethodError: it names a parameter that is no place; or nothing says which side A is on.
+        UnsupportedMethodError: it names a parameter that is no place; nothing says which side A is on; or the
+            checkpoint is of experts that were modules.
         CheckpointError: tensors are missing, or contradict each other.
         ShapeMismatchError: tensors do not fit the configuration and the base.
     """
+    _refuse_modules(checkpoint, base)
     tensors = dict(checkpoint.tensors)
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for path, prefix in _prefixes(_targeted(checkpoint, base)).items():
@@ -109,6 +113,20 @@ def restore(modules: Mapping[str, ModuleForm], extras: Mapping[str, torch.Tensor
         tensors[f"{prefix}.{_A}"] = a.reshape(-1, a.shape[-1])
         tensors[f"{prefix}.{_B}"] = b.permute(1, 2, 0).reshape(b.shape[1], -1)
     return tensors
+
+
+def _refuse_modules(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Refuses what was trained where each expert was modules of its own, as before transformers 5."""
+    if not any(place.kind == "experts" for place in base.parameter_places.values()):
+        return
+    for key in checkpoint.tensors:
+        found = _OF_ONE.fullmatch(key)
+        if found and found[1] not in base.places:
+            raise UnsupportedMethodError(
+                f"{checkpoint.source}: {key!r} is of one expert, which this base has as a part of a parameter: the "
+                "adapter was trained with transformers before 5. Load it with PEFT on this base and save it again, and "
+                "it is one of parameters."
+            )
 
 
 def _targeted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
