@@ -27,31 +27,35 @@ class AdaptedRouter(AdaptedModule):
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self._take(path, module, embedding=False)
+        self._seen = False
         self.serve_with(self._forward)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.batch is None:
             return self.base(*args, **kwargs)
-        with _Product(self) as product:
+        self._seen = False
+        with _Product(self):
             result = self.base(*args, **kwargs)
-        if not product.seen:
+        if not self._seen:
             raise UnsupportedMethodError(
                 f"an adapter on {self.path!r} cannot be served: its module does not multiply by it in a way that this "
                 "lorakit sees."
             )
         return result
 
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Adds the shares to the weight's product y (..., out) with x (..., in)."""
+        assert self.batch is not None
+        self._seen = True
+        self.check_rows(x, len(self.batch.slots))
+        return self.batch.add(self, y, x)
+
 
 class _Product(TorchFunctionMode):
-    """Adds the shares to what the router's own weight gives.
-
-    Attributes:
-        seen: how many times it was multiplied by.
-    """
+    """Gives the router what its own weight gives."""
 
     def __init__(self, router: AdaptedRouter) -> None:
         super().__init__()
-        self.seen = 0
         self._router = router
         self._casts: list[Any] = []
 
@@ -64,11 +68,7 @@ class _Product(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is nn.functional.linear and len(args) > 1 and self._is_weight(args[1]):
-            batch, x = self._router.batch, args[0]
-            assert batch is not None
-            self._router.check_rows(x, len(batch.slots))
-            self.seen += 1
-            return batch.add(self._router, result, x)
+            return self._router.add(result, args[0])
         if func in _CASTS and self._is_weight(args[0]):
             self._casts.append(result)
         return result

@@ -88,10 +88,12 @@ def odd_form(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> AdapterForm:
     modules["model.embed_tokens"] = module_form(
         generator, kind="embedding", in_features=51, out_features=7, rank=3, dtype=dtype
     )
-    modules["model.experts.down_proj"] = module_form(
+    modules["model.layers.12.experts.down_proj"] = module_form(
         generator, kind="experts", in_features=9, out_features=6, rank=3, dtype=dtype, experts=5
     )
-    modules["model.gate.weight"] = module_form(generator, kind="router", in_features=9, out_features=5, dtype=dtype)
+    modules["model.layers.12.gate.weight"] = module_form(
+        generator, kind="router", in_features=9, out_features=5, dtype=dtype
+    )
     extras = {
         "base_model.model.m.lora_magnitude_vector": torch.randn(13, generator=generator),
         "base_model.model.flag": torch.tensor([True, False, True]),

@@ -386,6 +386,10 @@ def test_experts_that_were_modules_are_refused_with_a_remedy_that_helps(tmp_path
     edit_config(folder, target_modules=["q_proj", *sizes])
     with pytest.raises(UnsupportedMethodError, match=r"layers\.0\.mlp\.experts\..*Load it with PEFT .* save it again"):
         form_of(folder, base)
+    edit_config(folder, use_rslora=True)
+    with pytest.raises(UnsupportedMethodError, match="Train it again"):
+        form_of(folder, base)
+    edit_config(folder, use_rslora=False)
     save(PeftModel.from_pretrained(copy.deepcopy(base), folder), tmp_path / "new")
     model = MultiLoraModel(copy.deepcopy(base))
     model.load_adapter("tenant", tmp_path / "new")

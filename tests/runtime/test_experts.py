@@ -1,12 +1,14 @@
 """Adapters on the parameters of experts, in mixed batches; kernels as in test_routing, without a GPU interpreted."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import Architecture
 from mixtures import MIXTURES, in_double, mixture_of, one_row, relative, tenant_of
 from torch import nn
+from transformers.integrations import use_experts_implementation
 
 from lorakit import MultiLoraModel
 from lorakit.adapters.places import expert_places_of
@@ -266,3 +268,108 @@ def test_a_transformers_that_computes_them_otherwise_is_refused(family, monkeypa
     experts = copy.deepcopy(next(module for module in family.base.modules() if expert_places_of(module)))
     with pytest.raises(UnsupportedMethodError, match="transformers .* in a way that this lorakit does not know"):
         AdaptedExperts("mlp.experts", experts)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@torch.no_grad()
+def test_experts_without_a_gate_and_with_a_norm_are_served(implementation):
+    """As NemotronH's and Muse Spark's are."""
+
+    @use_experts_implementation(has_gate=False, has_bias=True, has_post_expert_norm=True)
+    class Experts(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts = 3
+            self.up_proj, self.up_proj_bias = nn.Parameter(torch.randn(3, 8, 4)), nn.Parameter(torch.randn(3, 8))
+            self.down_proj, self.down_proj_bias = nn.Parameter(torch.randn(3, 4, 8)), nn.Parameter(torch.randn(3, 4))
+            self.act_fn, self.post_expert_norm = nn.SiLU(), nn.RMSNorm(4)
+
+        def forward(self, hidden_states, chosen, weights):
+            raise AssertionError("the implementation is configured")
+
+    class Deltas:
+        """A batch whose only adapter changes every expert's weight, in the first row."""
+
+        def route(self, pairs):
+            return pairs, pairs.keys(torch.tensor([0, -1]))
+
+        def add_experts(self, parameter, y, x, routed):
+            pairs, keys = routed
+            share = torch.einsum("poi,pi->po", deltas[parameter.path][pairs.expert], x)
+            return torch.where(keys[:, None] >= 0, y + share, y)
+
+    experts = Experts(SimpleNamespace(_experts_implementation=implementation))
+    deltas = {"experts.up_proj": torch.randn(3, 8, 4), "experts.down_proj": torch.randn(3, 4, 8)}
+    changed = copy.deepcopy(experts)
+    for path, delta in deltas.items():
+        getattr(changed, path.rpartition(".")[2]).data += delta
+    x, weights = torch.randn(6, 4), torch.rand(6, 2)
+    chosen = torch.tensor([[0, 1], [2, 1], [0, 2], [1, 2], [0, 1], [2, 0]])
+    plain, expected = experts(x, chosen, weights), changed(x, chosen, weights)
+    adapted = AdaptedExperts("experts", experts)
+    assert torch.equal(experts(x, chosen, weights), plain)
+    for parameter in adapted.parameters.values():
+        parameter.batch = Deltas()
+    mixed = experts(x, chosen, weights)
+    torch.testing.assert_close(mixed[:3], expected[:3])
+    assert torch.equal(mixed[3:], plain[3:])
+
+
+@torch.no_grad()
+def half_precision(name, dtype, device):
+    """The errors of lorakit and of PEFT against fp64; all experts are chosen, as a rounded router may choose others."""
+    experts = "num_experts" if name == "qwen3-moe" else "num_local_experts"
+    base = copy.deepcopy(mixture_of(name, **{experts: 2})).to(device, dtype)
+    tenant = tenant_of(name, 0, base)  # PEFT keeps its factors in fp32
+    model = MultiLoraModel(base)
+    model.load_adapter("tenant", tenant)
+    inputs = {key: value.to(device) for key, value in MIXTURES[name].inputs(16).items()}
+    exact = in_double(tenant)(**inputs).logits
+    return [
+        relative(logits, exact) for logits in (model(**inputs, adapter_ids="tenant").logits, tenant(**inputs).logits)
+    ]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_bf16_is_no_further_from_fp64_than_peft(name):
+    ours, pefts = half_precision(name, torch.bfloat16, "cpu")
+    assert 1e-5 < ours <= 1.1 * pefts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_half_precision_on_a_gpu_is_no_further_from_fp64_than_peft(name, dtype):
+    ours, pefts = half_precision(name, dtype, "cuda")
+    assert 1e-5 < ours <= 1.1 * pefts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@torch.no_grad()
+def test_a_forward_may_be_captured_in_a_cuda_graph(implementation):
+    """Nothing waits for the device, so that a replay takes new tokens through their rows' adapters."""
+    family = Family("qwen3-moe", implementation, device="cuda")
+    ids = ["both", None, "all", "other"]
+    inputs, others = family.inputs(4), {"input_ids": family.inputs(4)["input_ids"].flip(1)}
+    expected = [family.model(**each, adapter_ids=ids, use_cache=False).logits for each in (inputs, others)]
+    tokens = inputs["input_ids"].clone()
+    with family.model._batch(ids, (tokens,), {}):
+        graph = torch.cuda.CUDAGraph()
+        family.model.model(tokens, use_cache=False)
+        with torch.cuda.graph(graph):
+            logits = family.model.model(tokens, use_cache=False).logits
+        for each, wanted in zip((inputs, others), expected, strict=True):
+            tokens.copy_(each["input_ids"])
+            graph.replay()
+            assert relative(logits, wanted) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_compiled_model_serves_them(kernels):
+    family = Family("qwen3-moe", device=DEVICE)
+    ids = ["both", None, "all"]
+    expected = family.check(ids, length=1)
+    family.model.model.forward = torch.compile(family.model.model.forward, fullgraph=True, backend="aot_eager")
+    compiled = family.model(**family.inputs(3, 1), adapter_ids=ids).logits
+    assert relative(compiled, expected) <= 1e-5

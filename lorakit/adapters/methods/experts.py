@@ -122,10 +122,15 @@ def _refuse_modules(checkpoint: Checkpoint, base: BaseModel) -> None:
     for key in checkpoint.tensors:
         found = _OF_ONE.fullmatch(key)
         if found and found[1] not in base.places:
+            # PEFT doubles r and alpha where it joins two modules, which keeps alpha / r and not alpha / √r.
+            remedy = (
+                "Train it again on this base: PEFT's own conversion scales rsLoRA otherwise."
+                if checkpoint.config.get("use_rslora")
+                else "Load it with PEFT on this base and save it again, and it is one of parameters."
+            )
             raise UnsupportedMethodError(
                 f"{checkpoint.source}: {key!r} is of one expert, which this base has as a part of a parameter: the "
-                "adapter was trained with transformers before 5. Load it with PEFT on this base and save it again, and "
-                "it is one of parameters."
+                f"adapter was trained with transformers before 5. {remedy}"
             )
 
 
