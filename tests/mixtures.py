@@ -39,6 +39,34 @@ MIXTURES = {
         {**_SIZES, "head_dim": 8, "intermediate_size": 24, "num_local_experts": 6, "sliding_window": 4},
     ),
 }
+_DEEP = {**_SIZES, "intermediate_size": 48, "moe_intermediate_size": 24}
+FURTHER = {
+    "deepseek-v3": Architecture(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {**_DEEP, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+        | {"n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
+        | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    ),
+    "ernie4.5-moe": Architecture(
+        "Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeConfig", {**_DEEP, "moe_num_experts": 4, "moe_k": 2}
+    ),
+    "glm4-moe": Architecture(
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        {**_DEEP, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    ),
+    "granitemoe": Architecture(
+        "GraniteMoeForCausalLM", "GraniteMoeConfig", {**_SIZES, "intermediate_size": 24, "num_local_experts": 4}
+    ),
+    "olmoe": Architecture("OlmoeForCausalLM", "OlmoeConfig", {**_SIZES, "intermediate_size": 24, "num_experts": 4}),
+    "qwen2-moe": Architecture(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**_DEEP, "shared_expert_intermediate_size": 24, "num_experts": 4},
+    ),
+}
+"""Bases that have the same interface, each tested once."""
 EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 """Options of LoraConfig: both parameters of every layer's experts."""
 

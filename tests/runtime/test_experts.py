@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import Architecture
-from mixtures import MIXTURES, in_double, mixture_of, one_row, relative, tenant_of
+from mixtures import EXPERTS, FURTHER, MIXTURES, in_double, mixture_of, one_row, relative, tenant_of
 from torch import nn
 from transformers.integrations import use_experts_implementation
 
@@ -15,6 +15,7 @@ from lorakit.adapters.places import expert_places_of
 from lorakit.errors import AdapterIdsError, UnsupportedMethodError
 from lorakit.runtime import ops
 from lorakit.runtime.experts import AdaptedExperts, Pairs
+from lorakit.runtime.routers import AdaptedRouter
 from lorakit.runtime.routing import Routing
 from lorakit.runtime.stacking import Stacking
 
@@ -98,6 +99,22 @@ def test_logits_in_a_mixed_batch_equal_pefts(family):
 @torch.no_grad()
 def test_logits_with_every_implementation_of_transformers(name, implementation):
     Family(name, implementation).check(["both", None, "other", "all"])
+
+
+@pytest.mark.parametrize("name", FURTHER)
+@torch.no_grad()
+def test_other_bases_with_the_same_interface_are_served(name):
+    base = FURTHER[name].build()
+    tenant = tenant_of(name, 0, base, target_parameters=[*EXPERTS["target_parameters"], *ROUTERS])
+    model = MultiLoraModel(copy.deepcopy(base))
+    model.load_adapter("tenant", tenant)
+    inputs = FURTHER[name].inputs(2)
+    mixed, plain = model(**inputs, adapter_ids=["tenant", None]).logits, base(**inputs).logits
+    exact = in_double(tenant)(**one_row(inputs, 0)).logits[0]
+    assert relative(mixed[0], exact) <= 2e-5 and relative(plain[0], exact) > 1e-2
+    assert relative(mixed[1], plain[1]) <= 1e-6
+    kinds = {module.kind for module in model._slot("tenant", keep=()).layout.modules}
+    assert kinds == {"experts", "router"}
 
 
 @torch.no_grad()
@@ -373,3 +390,53 @@ def test_a_compiled_model_serves_them(kernels):
     family.model.model.forward = torch.compile(family.model.model.forward, fullgraph=True, backend="aot_eager")
     compiled = family.model(**family.inputs(3, 1), adapter_ids=ids).logits
     assert relative(compiled, expected) <= 1e-5
+
+
+class Router(nn.Module):
+    """Chooses by its weight, in the way that it is told."""
+
+    def __init__(self, multiply):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.multiply = multiply
+
+    def forward(self, x):
+        return self.multiply(x, self.weight).topk(2).indices
+
+
+class Turning:
+    """A batch whose adapter makes a router choose by the opposite order."""
+
+    slots = (None,)
+
+    def add(self, module, y, x):
+        return -y
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        nn.functional.linear,
+        lambda x, weight: nn.functional.linear(x.double(), weight.to(torch.float64)),
+        lambda x, weight: nn.functional.linear(x.type(torch.float64), weight.type(torch.float64)),
+        lambda x, weight: nn.functional.linear(x.float(), weight.float()),
+    ],
+    ids=["plain", "to", "type", "float"],
+)
+def test_a_router_chooses_by_the_sum(multiply):
+    router = Router(multiply)
+    adapted = AdaptedRouter("gate.weight", router)
+    x = torch.randn(5, 4)
+    scores = x @ router.weight.T
+    assert torch.equal(router(x), scores.topk(2).indices)
+    adapted.batch = Turning()
+    assert torch.equal(router(x), (-scores).topk(2).indices)
+    assert torch.equal(nn.functional.linear(x, router.weight), scores), "nothing is intercepted outside"
+
+
+def test_a_router_whose_product_is_not_seen_is_refused():
+    router = Router(lambda x, weight: x @ weight.T)
+    adapted = AdaptedRouter("gate.weight", router)
+    adapted.batch = Turning()
+    with pytest.raises(UnsupportedMethodError, match=r"'gate\.weight' cannot be served"):
+        router(torch.randn(5, 4))
