@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 FOLDER = "LORAKIT_COMPATIBILITY"
-PLACES = ("Linear", "Conv1D", "Embedding", "output")
+PLACES = ("Linear", "Conv1D", "Embedding", "output", "experts", "router")
 
 
 def served(method: str, architecture: str, places: set[str], error: float, way: str = "exact") -> None:

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.places import Place, base_modules, own_tensors, place_of, places
+from lorakit.adapters.places import Place, base_modules, own_tensors, parameter_places, place_of, places
 from lorakit.adapters.quantised import FULL_PRECISION, dequantised, is_packed, quantisation
 from lorakit.errors import BaseModelMismatchError, BaseModelNotFoundError
 
@@ -63,6 +63,7 @@ class BaseModel:
         architecture: its transformers class, for example "LlamaForCausalLM".
         is_encoder_decoder: whether it reads one text and writes another.
         places: module path → `Place`, for every module that can carry an adapter.
+        parameter_places: parameter path → `Place`, for every parameter that can by itself: experts' and routers'.
         all_linear: the paths that PEFT means by target_modules="all-linear": every linear but the output's.
         classifier: the path of the head that it leaves out too for the task type "SEQ_CLS"; None where there is none.
         quantisation: how its weights were quantised, as `quantised.quantisation` names it.
@@ -74,6 +75,7 @@ class BaseModel:
         self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         self.is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.places: Mapping[str, Place] = places(model)
+        self.parameter_places: Mapping[str, Place] = parameter_places(model)
         self.all_linear = _all_linear(model)
         self.classifier = _classifier(model)
         self.quantisation = quantisation(model)

@@ -6,9 +6,9 @@ At one module with weight W (out, in), base bias b and input x:
 
 A (r, in) and B (out, r) are the low-rank factors, s the scale, c and d (out) a per-channel scale and bias; c = 1 and
 d = 0 where a method has none. W x + b is what the base's module returns. At an embedding x is one-hot, so A's column
-of a token is looked up instead of multiplied. A norm is a module whose product is its normalised input, and takes c
-and d alone. Where an adapter brings a whole weight w of its own, such as a classifier's, what the base's module returns
-is not used:
+of a token is looked up instead of multiplied. At the parameter of a mixture of experts W, A and B are those of the
+expert that the base's router chose. A norm is a module whose product is its normalised input, and takes c and d alone.
+Where an adapter brings a whole weight w of its own, such as a classifier's, what the base's module returns is not used:
 
     y = w x + d
 
@@ -27,7 +27,7 @@ import torch
 from lorakit.adapters.finite import is_finite
 from lorakit.errors import NonFiniteWeightsError
 
-Kind = Literal["linear", "embedding", "norm"]
+Kind = Literal["linear", "embedding", "norm", "experts", "router"]
 
 WEIGHTS = ("a", "b", "w")
 VECTORS = ("c", "d")
@@ -40,15 +40,16 @@ class ModuleForm:
     """One module's share of an adapter.
 
     Attributes:
-        kind: what the module computes, "linear" (also for GPT-2's Conv1D), "embedding" or "norm".
+        kind: what the module computes, "linear" (also for GPT-2's Conv1D), "embedding" or "norm"; or what a parameter
+            is, "experts", a linear for each of E experts, or "router", a linear of a module that goes on from there.
         in_features: the input width; for an embedding the number of its rows (the vocabulary).
         out_features: the output width.
         a: A as (r, in); for an embedding transposed, (in, r), so that a token's lookup reads one contiguous row.
-            None together with `b` for a method that has only c and d.
-        b: B as (out, r).
+            None together with `b` for a method that has only c and d. Of experts (E, r, in), never None.
+        b: B as (out, r); of experts (E, out, r).
         scale: s, applied in fp32 on the fp32 product.
-        c: (out,) fp32, or None for ones.
-        d: (out,) fp32, or None for zeros.
+        c: (out,) fp32, or None for ones, as it is for experts.
+        d: (out,) fp32, or None for zeros, as it is for experts.
         w: a whole weight, (out, in), an embedding's (in, out) as `nn.Embedding` has it; None for the base's. It comes
             without A, B and c, and a scale of 1.
     """
@@ -66,7 +67,12 @@ class ModuleForm:
     @property
     def rank(self) -> int:
         """r, or 0 without factors."""
-        return 0 if self.b is None else self.b.shape[1]
+        return 0 if self.b is None else self.b.shape[-1]
+
+    @property
+    def experts(self) -> int:
+        """E; 1 for what is no parameter of experts."""
+        return self.a.shape[0] if self.kind == "experts" and self.a is not None else 1
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors there are, as (one of `ITEMS`, tensor)."""
@@ -80,16 +86,18 @@ class ModuleForm:
         assert self.w is None or (self.b is None and self.c is None and self.scale == 1), "w takes the product's place"
         assert self.kind != "norm" or (self.b is None and self.w is None), "a norm takes c and d alone"
         r = self.rank
-        linear = self.kind == "linear"
+        each = (self.experts,) if self.kind == "experts" else ()
+        embedding = self.kind == "embedding"
         shapes = {
-            "a": (r, self.in_features) if linear else (self.in_features, r),
-            "b": (self.out_features, r),
-            "w": (self.out_features, self.in_features) if linear else (self.in_features, self.out_features),
+            "a": (self.in_features, r) if embedding else (*each, r, self.in_features),
+            "b": (*each, self.out_features, r),
+            "w": (self.in_features, self.out_features) if embedding else (self.out_features, self.in_features),
             "c": (self.out_features,),
             "d": (self.out_features,),
         }
         for name, tensor in self.tensors():
             assert tuple(tensor.shape) == shapes[name], f"{name} is {tuple(tensor.shape)}, not {shapes[name]}"
+        assert self.kind != "experts" or (self.a is not None and self.c is None and self.d is None)
         assert math.isfinite(self.scale)
 
 
@@ -99,7 +107,8 @@ class AdapterForm:
 
     Attributes:
         method: the method's short name, as `inspect` prints it ("lora", "rslora", "dora", …).
-        modules: module path in the base model → its form. Paths are those of `named_modules()`.
+        modules: module path in the base model → its form. Paths are those of `named_modules()`, for experts and
+            routers those of `named_parameters()`.
         config: the checkpoint's adapter_config.json.
         extras: tensors of the checkpoint that the form does not hold as they were (DoRA's magnitudes, under their
             PEFT keys); kept so that the checkpoint can be written back, never loaded for serving.

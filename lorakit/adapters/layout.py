@@ -77,16 +77,18 @@ class ModuleLayout:
 
     Attributes:
         path: the module's path in the base model.
-        kind: "linear", "embedding" or "norm".
+        kind: "linear", "embedding", "norm", "experts" or "router".
         in_features: the input width, or an embedding's number of rows.
         out_features: the output width.
         rank: r; 0 without factors.
         scale: s.
-        a: A's first element in the weights region, or None; A is (r, in), for an embedding (in, r).
-        b: B's, or None; B lies transposed, (r, out).
+        a: A's first element in the weights region, or None; A is (r, in), for an embedding (in, r), for experts
+            (E, r, in).
+        b: B's, or None; B lies transposed, (r, out), for experts (E, r, out).
         c: c's first element in the vectors region, or None; c is (out,).
         d: d's, or None; d is (out,).
         w: w's first element in the weights region, or None; w is (out, in), for an embedding (in, out).
+        experts: E; 1 for what is no parameter of experts.
     """
 
     path: str
@@ -100,16 +102,18 @@ class ModuleLayout:
     c: int | None = None
     d: int | None = None
     w: int | None = None
+    experts: int = 1
 
     def weights(self) -> Iterator[Span]:
         """A, B and w, where there are any."""
         if self.a is not None and self.b is not None:
-            shape = (self.rank, self.in_features) if self.kind == "linear" else (self.in_features, self.rank)
-            yield Span(self.path, "a", self.a, shape)
-            yield Span(self.path, "b", self.b, (self.rank, self.out_features))
+            each = (self.experts,) if self.kind == "experts" else ()
+            shape = (self.in_features, self.rank) if self.kind == "embedding" else (self.rank, self.in_features)
+            yield Span(self.path, "a", self.a, (*each, *shape))
+            yield Span(self.path, "b", self.b, (*each, self.rank, self.out_features))
         if self.w is not None:
             linear = self.out_features, self.in_features
-            yield Span(self.path, "w", self.w, linear if self.kind == "linear" else linear[::-1])
+            yield Span(self.path, "w", self.w, linear[::-1] if self.kind == "embedding" else linear)
 
     def vectors(self) -> Iterator[Span]:
         """C and d, where there are any."""
@@ -122,7 +126,8 @@ class ModuleLayout:
         """The module as in bank.json; what is None is left out."""
         sizes = {"path": self.path, "kind": self.kind, "in": self.in_features, "out": self.out_features}
         places = {item: getattr(self, item) for item in ITEMS if getattr(self, item) is not None}
-        return {**sizes, "rank": self.rank, "scale": self.scale, **places}
+        experts = {"experts": self.experts} if self.kind == "experts" else {}
+        return {**sizes, **experts, "rank": self.rank, "scale": self.scale, **places}
 
     @classmethod
     def from_json(cls, value: object, where: str) -> ModuleLayout:
@@ -145,6 +150,8 @@ class ModuleLayout:
             raise BankError(f"{where} has a w, which takes the place of a, b and c")
         if kind == "norm" and places.keys() & {"a", "w"}:
             raise BankError(f"{where} is a norm, which has only c and d")
+        if kind == "experts" and places.keys() != {"a", "b"}:
+            raise BankError(f"{where} is of experts, and should have a and b alone")
         return cls(
             path=fields.text("path", least=1),
             kind=cast(Kind, kind),
@@ -157,6 +164,7 @@ class ModuleLayout:
             c=places.get("c"),
             d=places.get("d"),
             w=places.get("w"),
+            experts=fields.count("experts", least=1, limit=_FEATURES_LIMIT) if kind == "experts" else 1,
         )
 
 
@@ -202,6 +210,7 @@ class Layout:
                     c=places.get("c"),
                     d=places.get("d"),
                     w=places.get("w"),
+                    experts=module.experts,
                 )
             )
         return cls(tuple(modules), weights, vectors)
@@ -326,8 +335,8 @@ class Layout:
 
 
 def stored(item: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A form's tensor as it lies in an extent, or back: B is transposed. A view."""
-    return tensor.T if item == "b" else tensor
+    """A form's tensor as it lies in an extent, or back: B is transposed, of experts each one's. A view."""
+    return tensor.mT if item == "b" else tensor
 
 
 def _place(span: Span) -> tuple[int, int]:

@@ -183,6 +183,11 @@ class Recipe:
             )
 
     def _check_module(self, name: str, path: str, module: Shape) -> None:
+        if module.kind in ("experts", "router"):
+            raise UnsupportedMethodError(
+                f"adapter {name!r} is on {path}, by target_parameters, of which PEFT makes no sum; leave it out of the "
+                "weights."
+            )
         if module.c is not None:
             raise UnsupportedMethodError(
                 f"adapter {name!r} scales the channels of {path}, as DoRA and IA3 do, so the sum would be no plain "

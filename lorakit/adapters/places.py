@@ -1,4 +1,4 @@
-"""Places: the modules of a base model that can carry an adapter, and their sizes.
+"""Places: the modules, and the parameters of experts, of a base model that can carry an adapter, and their sizes.
 
 The weight side asks it what a checkpoint's module must look like; the runtime asks it what it may wrap. Both see the
 same places, so what exports also serves. Knows `nn.Module` classes by their shape, never a weight's value.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,11 +22,14 @@ class Place:
     """A module that can carry an adapter.
 
     Attributes:
-        kind: "linear" (y = W x + b), "embedding" (a row of W a token) or "norm" (y = g ⊙ n(x) + b).
+        kind: "linear" (y = W x + b), "embedding" (a row of W a token), "norm" (y = g ⊙ n(x) + b), "experts" (a W for
+            each of E experts) or "router" (y = W x + b within a module that goes on from there).
         in_features: input width; an embedding's number of rows.
         out_features: output width.
-        transposed: the weight is stored (in, out), as transformers' Conv1D and every embedding have it.
+        transposed: the weight is stored (in, out), as transformers' Conv1D, every embedding and gpt-oss's experts have
+            it.
         offset: of a norm, what is added to its weight to give g: 1 for Gemma's, 0 for most.
+        experts: E; 1 for what is no parameter of experts.
     """
 
     kind: Kind
@@ -33,6 +37,15 @@ class Place:
     out_features: int
     transposed: bool
     offset: float = 0.0
+    experts: int = 1
+
+
+# What transformers' decorator `use_experts_implementation` gives a module whose forward it may exchange.
+_EXPERTS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+LAST_OF_EXPERTS = "down_proj"
+"""The parameter that comes last in a module of experts, as PEFT's keys need to know."""
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def place_of(module: nn.Module) -> Place | None:
@@ -100,6 +113,53 @@ def places(model: nn.Module) -> dict[str, Place]:
     A model that PEFT has wrapped is seen as its base: a tuner layer counts as the layer it wraps, at its own path.
     """
     return {path: place for path, module in base_modules(model) if (place := place_of(module)) is not None}
+
+
+def parameter_places(model: nn.Module) -> dict[str, Place]:
+    """The places of a model that are parameters, by their paths, in the order of `named_parameters()`.
+
+    They are experts' weights, and the weights of routers and other modules that are no place themselves. They stand
+    apart from `places`: PEFT's target_modules never means them, and where a quantiser packs experts the base is still
+    the same.
+    """
+    found: dict[str, Place] = {}
+    for path, module in base_modules(model):
+        of_module = expert_places_of(module) or _router_places_of(module)
+        found |= {f"{path}.{name}": place for name, place in of_module.items()}
+    return found
+
+
+def expert_places_of(module: nn.Module) -> dict[str, Place]:
+    """The places of a module of experts by their parameters' names: `LAST_OF_EXPERTS` and the one before it.
+
+    Such a module has transformers' interface of experts (`transformers.integrations.use_experts_implementation`), in
+    which y = Σ w · (W_down · gate(W_up x + b_up) + b_down) over the experts that the router chose; its weights are
+    (E, out, in), or (E, in, out) where it says that they are transposed. Other modules, packed weights and a single
+    expert, of which there is nothing to choose, give none.
+    """
+    if not all(hasattr(module, name) for name in _EXPERTS):
+        return {}
+    found = {}
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", LAST_OF_EXPERTS):
+        weight: Any = getattr(module, name, None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 3 or weight.dtype not in _DTYPES:
+            return {}
+        experts, rows, columns = weight.shape
+        if experts != module.num_experts or experts < 2:
+            return {}
+        transposed = bool(module.is_transposed)
+        width, height = (rows, columns) if transposed else (columns, rows)
+        found[name] = Place("experts", width, height, transposed, experts)
+    return found if [name for name, _ in module.named_parameters(recurse=False) if name in found] == [*found] else {}
+
+
+def _router_places_of(module: nn.Module) -> dict[str, Place]:
+    """The weight (out, in) of a module that may multiply by it, and then goes on, as the routers of experts do."""
+    weight: Any = getattr(module, "weight", None)
+    if place_of(module) is not None or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        return {}
+    height, width = weight.shape
+    return {"weight": Place("router", width, height, transposed=False)} if weight.dtype in _DTYPES else {}
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

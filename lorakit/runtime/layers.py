@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from lorakit.adapters.form import Kind
 from lorakit.adapters.places import place_of
 from lorakit.errors import AdapterIdsError
 
@@ -56,18 +57,24 @@ class AdaptedModule:
         module: the module itself.
         base: its forward without this model's adapters.
         batch: the batch now in the model, if one of its adapters touches this module.
+        aligned: its factors begin where kernels can load them, as layouts see to.
     """
+
+    aligned = True
 
     def __init__(self, path: str, module: nn.Module) -> None:
         place = place_of(module)
         assert place is not None, f"{path} was exported, so it can carry an adapter"
+        self._take(path, module, place.kind)
+        module.register_forward_hook(self._add, with_kwargs=True)
+
+    def _take(self, path: str, module: nn.Module, kind: Kind) -> None:
         self.path = path
         self.batch: Batch | None = None
-        self.kind = place.kind
-        self.embedding = place.kind == "embedding"
+        self.kind = kind
+        self.embedding = kind == "embedding"
         self.base: Callable[..., torch.Tensor] = module.forward
         self.module = module
-        module.register_forward_hook(self._add, with_kwargs=True)
 
     def serve_with(self, forward: Callable[..., torch.Tensor]) -> None:
         """Puts another forward in the place of the module's, which stays callable as `base`."""
@@ -76,12 +83,8 @@ class AdaptedModule:
 
     @property
     def device(self) -> torch.device:
-        """Where the module computes (not where accelerate keeps an offloaded weight)."""
-        hook = getattr(self.module, "_hf_hook", None)
-        execution = getattr(hook, "execution_device", None)
-        if execution is not None:
-            return torch.device(execution)
-        return next(itertools.chain(self.module.parameters(), self.module.buffers())).device
+        """Where the module computes."""
+        return device_of(self.module)
 
     @property
     def output_scale(self) -> float:
@@ -120,3 +123,12 @@ class AdaptedModule:
                 f"{self.path} was given {lead} rows for {len(rows.slots) * rows.tokens} of the batch: the model does "
                 "not feed it row by row, so adapters on it cannot share a batch; give all rows one adapter."
             )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes (not where accelerate keeps an offloaded weight)."""
+    hook = getattr(module, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    if execution is not None:
+        return torch.device(execution)
+    return next(itertools.chain(module.parameters(), module.buffers())).device

@@ -41,11 +41,13 @@ from lorakit.errors import (
 )
 from lorakit.runtime import ops
 from lorakit.runtime.activation import Activation, Generation, Pass
+from lorakit.runtime.experts import AdaptedExperts, AdaptedParameter
 from lorakit.runtime.host_cache import ExtentReader
 from lorakit.runtime.layers import AdaptedModule, Batch
 from lorakit.runtime.placement import check_placement
 from lorakit.runtime.pool import AdapterPool, Slot, plain_tensors
 from lorakit.runtime.prompts import prompt_of, starts_of
+from lorakit.runtime.routers import AdaptedRouter
 from lorakit.runtime.routing import Routing
 from lorakit.runtime.rows import Rows, together
 from lorakit.runtime.siblings import SiblingFinder, Siblings
@@ -124,13 +126,13 @@ class MultiLoraModel(nn.Module):
         self.model = model
         self.bank = bank
         self._lock = threading.RLock()
-        self._adapted: dict[str, AdaptedModule] = {}
+        self._adapted: dict[str, AdaptedModule | AdaptedParameter] = {}
         self._local: dict[str, _Local] = {}
         self._unloaded: set[str] = set()
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._last: _Formed | None = None
-        self._active: list[AdaptedModule | Siblings] = []
+        self._active: list[AdaptedModule | AdaptedParameter | Siblings] = []
         self._generation: Generation | None = None
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
@@ -463,7 +465,8 @@ class MultiLoraModel(nn.Module):
 
     def _new_batch(self, rows: Rows, kernels: bool) -> Batch:
         # Kernels read an adapter where the pool has it, so no module may compute on another device.
-        if kernels and all(self._adapted[path].device == self._pool.device for path in rows.touched):
+        modules = [self._adapted[path] for path in rows.touched]
+        if kernels and all(module.device == self._pool.device and module.aligned for module in modules):
             return Routing(rows, self._table, self._finder, device=self.device)
         return Stacking(rows, self._adapted, dtype=torch.promote_types(self.dtype, torch.float32))
 
@@ -564,11 +567,21 @@ class MultiLoraModel(nn.Module):
 
     def _adapt(self, rows: Rows) -> None:
         """Hooks the modules that these rows' adapters touch and that have no hook yet."""
+        kinds = {module.path: module.kind for slot in rows.used for module in slot.layout.modules}
         for path in rows.touched:
+            kind = kinds[path]
+            owner = path.rpartition(".")[0] if kind in ("experts", "router") else path
             if rows.shared:
-                check_placement(self.model, path)
+                check_placement(self.model, owner)
             if path not in self._adapted:
-                self._adapted[path] = AdaptedModule(path, self.model.get_submodule(path))
+                module = self.model.get_submodule(owner)
+                if kind == "experts":
+                    experts = AdaptedExperts(owner, module)
+                    self._adapted |= {parameter.path: parameter for parameter in experts.parameters.values()}
+                elif kind == "router":
+                    self._adapted[path] = AdaptedRouter(path, module)
+                else:
+                    self._adapted[path] = AdaptedModule(path, module)
 
     def _compare_base(self, name: str) -> None:
         """Warns of a bank's adapter that was computed from the base's weights as they are not here.

@@ -17,6 +17,7 @@ from lorakit.runtime.towers import is_served, tower_paths
 
 _EXPERT = re.compile(r"(^|\.)experts?\.(expert_)?\d+\.")
 _SEQUENCE_FIRST = ("xlnet", "fsmt", "led", "longformer", "mask2former", "oneformer")
+_BY_MODALITY = re.compile(r"\.(text|vision)_moe(\.|$)")
 _NO_ROWS = ("relative_attention_bias",)
 
 
@@ -38,6 +39,10 @@ def check_placement(model: nn.Module, path: str) -> None:
     if path.endswith(_NO_ROWS):
         raise UnsupportedMethodError(
             f"an adapter on {path!r} cannot share a batch: it is given positions, which are the same for all rows."
+        )
+    if _BY_MODALITY.search(path):
+        raise UnsupportedMethodError(
+            f"an adapter on {path!r} cannot share a batch: it gets one modality's tokens, any number of them a row."
         )
     if _EXPERT.search(path):
         raise UnsupportedMethodError(

@@ -7,14 +7,24 @@ Knows slots, rows and modules; no name and no request.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 
 from lorakit.runtime import ops
+from lorakit.runtime.experts import AdaptedParameter, Pairs
 from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.rows import Rows
 from lorakit.runtime.siblings import SiblingFinder
 from lorakit.runtime.table import AddressTable
+
+
+class _ExpertTable(NamedTuple):
+    """Where a parameter of experts finds its factors of one dtype: a table with a row a slot and expert, its column."""
+
+    dtype: torch.dtype
+    table: torch.Tensor
+    column: int
 
 
 class Routing:
@@ -44,10 +54,11 @@ class Routing:
         # Modules for which some row's adapter brings a whole weight.
         self._whole = {module.path for slot in used for module in slot.layout.modules if module.w is not None}
         self._columns: dict[str, int] = {}
+        self._experts: dict[str, list[_ExpertTable]] = {}
         slots = torch.tensor([-1 if slot is None else slot.index for slot in rows.slots])
         self._plan = ops.plan(slots).to(device)
 
-    def write(self, modules: Collection[AdaptedModule]) -> None:
+    def write(self, modules: Collection[AdaptedModule | AdaptedParameter]) -> None:
         """Brings the table up to date: slots may have moved since the last batch.
 
         Args:
@@ -57,10 +68,18 @@ class Routing:
         for slot in self.rows.used:
             self._table.write(slot)
         self._tables = tuple((dtype, self._table.tensor(dtype)) for dtype in self._dtypes)
+        parameters = [module for module in modules if isinstance(module, AdaptedParameter)]
+        self._experts = {parameter.path: [] for parameter in parameters}
+        for experts in {parameter.place.experts for parameter in parameters}:
+            alike = [parameter.path for parameter in parameters if parameter.place.experts == experts]
+            for dtype in self._dtypes:
+                table = self._table.experts(dtype, [self._columns[path] for path in alike], experts)
+                for column, path in enumerate(alike):
+                    self._experts[path].append(_ExpertTable(dtype, table, column))
 
     def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Adds the adapters' share at a module. See `layers.Batch`."""
-        if not torch.compiler.is_compiling() and module.kind == "linear":
+        if module.kind == "linear" and not torch.compiler.is_compiling():
             self._finder.see(module, x)
         y = y.contiguous()
         if module.kind == "embedding":
@@ -92,6 +111,20 @@ class Routing:
     def _nothing(self, y: torch.Tensor) -> torch.Tensor:
         """Sums that nobody reads: a norm has no factors."""
         return y.new_empty((1, y.numel() // y.shape[-1], 1, self._max_rank), dtype=torch.float32)
+
+    def route(self, pairs: Pairs) -> torch.Tensor:
+        """The plan of pairs, each a row of its own, in one slot an adapter and expert. See `experts.ExpertsBatch`."""
+        return ops.plan(pairs.keys(self._plan[:, 0]))
+
+    def add_experts(
+        self, parameter: AdaptedParameter, y: torch.Tensor, x: torch.Tensor, routed: torch.Tensor
+    ) -> torch.Tensor:
+        """Adds the adapters' shares at a parameter of experts. See `experts.ExpertsBatch`."""
+        x, y = x.contiguous(), y.contiguous()
+        for dtype, table, column in self._experts[parameter.path]:
+            h = ops.shrink(x, table, routed, [column], self._max_rank, dtype)
+            ops.expand_([y], h, table, routed, [column], dtype)
+        return y
 
     def _shrink(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
         columns = [self._columns[module.path] for module in modules]

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from lorakit.runtime.experts import AdaptedParameter, Pairs
 from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.ops import Stack, Whole, replaced, stacked_lora
 from lorakit.runtime.pool import Slot
@@ -24,6 +26,20 @@ class Segment:
 
     slot: Slot
     rows: tuple[int, ...]
+
+
+class ExpertSegment(NamedTuple):
+    """The pairs of a token and an expert that share an adapter and the expert.
+
+    Attributes:
+        slot: the adapter's.
+        expert: the expert.
+        pairs: (n,) int64, which of the pairs.
+    """
+
+    slot: Slot
+    expert: int
+    pairs: torch.Tensor
 
 
 def segments_of(slots: Sequence[Slot | None]) -> list[Segment]:
@@ -42,36 +58,38 @@ class Stacking:
 
     Attributes:
         rows: the rows, and the slot of each.
+        paths: the modules, and parameters of experts, that some row's adapter touches.
     """
 
-    def __init__(self, rows: Rows, modules: Mapping[str, AdaptedModule], *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: Rows, modules: Mapping[str, AdaptedModule | AdaptedParameter], *, dtype: torch.dtype
+    ) -> None:
         """Stacks the factors.
 
         Args:
             rows: the rows, and the slot of each.
-            modules: module path → the module, for every path that a slot touches.
+            modules: path → the module or parameter, for every path that a slot touches.
             dtype: the compute dtype of the stacks, at least fp32: the adapters' share is computed and added in it.
         """
         self.rows = rows
-        segments = segments_of(rows.slots)
+        self.paths: Collection[str] = rows.touched
+        self._segments = segments = segments_of(rows.slots)
+        self._dtype = dtype
         stacker = _Stacker(len(rows.slots), dtype)
+        # The factors of experts are not stacked: a token takes few of them.
+        served = {path: module for path in self.paths if isinstance(module := modules[path], AdaptedModule)}
         self._stacks: Mapping[str, tuple[Stack, ...]] = {
-            path: tuple(stacker.stack(group, modules[path]) for group in _groups(segments, path))
-            for path in rows.touched
+            path: tuple(stacker.stack(group, module) for group in _groups(segments, path))
+            for path, module in served.items()
         }
         self._wholes: Mapping[str, tuple[Whole, ...]] = {
             path: tuple(
-                stacker.whole(segment, modules[path])
+                stacker.whole(segment, module)
                 for segment in segments
                 if path in segment.slot.modules and segment.slot.modules[path].w is not None
             )
-            for path in rows.touched
+            for path, module in served.items()
         }
-
-    @property
-    def paths(self) -> Collection[str]:
-        """The modules that some row's adapter touches."""
-        return self._stacks.keys()
 
     def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Adds the adapters' share at a module. See `layers.Batch`."""
@@ -79,6 +97,34 @@ class Stacking:
             y = stacked_lora(y, x, stack, embedding=module.embedding)
         for whole in self._wholes[module.path]:
             y = replaced(y, x, whole, embedding=module.embedding)
+        return y
+
+    def route(self, pairs: Pairs) -> list[ExpertSegment]:
+        """Groups pairs by adapter and expert. See `experts.ExpertsBatch`."""
+        rows = torch.full((len(self.rows.slots),), -1)
+        for number, segment in enumerate(self._segments):
+            rows[list(segment.rows)] = number
+        ordered, order = torch.sort(pairs.keys(rows.to(pairs.token.device)), stable=True)
+        keys, counts = torch.unique_consecutive(ordered, return_counts=True)
+        groups = zip(keys.tolist(), order.split(counts.tolist()), strict=True)
+        return [
+            ExpertSegment(self._segments[key // pairs.experts].slot, key % pairs.experts, members)
+            for key, members in groups
+            if key >= 0
+        ]
+
+    def add_experts(
+        self, parameter: AdaptedParameter, y: torch.Tensor, x: torch.Tensor, routed: list[ExpertSegment]
+    ) -> torch.Tensor:
+        """Adds the adapters' shares at a parameter of experts. See `experts.ExpertsBatch`."""
+        for slot, expert, pairs in routed:
+            form = slot.modules.get(parameter.path)
+            if form is None or form.a is None or form.b is None:
+                continue
+            a, b = (factor[expert].to(y.device, self._dtype) for factor in (form.a, form.b))
+            share = x.index_select(0, pairs).to(self._dtype) @ a.T @ b.T
+            taken = y.index_select(0, pairs).to(self._dtype)
+            y = y.index_copy_(0, pairs, taken.add(share, alpha=form.scale).to(y.dtype))
         return y
 
 

@@ -6,15 +6,19 @@ its layout alone. Knows slots and modules' paths; no batch and no request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
 
 from lorakit.adapters.layout import Layout
+from lorakit.runtime.experts import AdaptedParameter
 from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.ops import WORDS, entry_words
 from lorakit.runtime.pool import Slot
+
+_STRIDES = slice(2, 4)
+"""Words of an entry of experts, which have neither c nor d: the bytes from an expert's A, and B, to the next one's."""
 
 
 class AddressTable:
@@ -23,12 +27,12 @@ class AddressTable:
     A slot's row is zeros in the tensors of the other dtypes, and zeros mean: leave the module as it is.
     """
 
-    def __init__(self, device: torch.device, modules: Mapping[str, AdaptedModule]) -> None:
+    def __init__(self, device: torch.device, modules: Mapping[str, AdaptedModule | AdaptedParameter]) -> None:
         """Makes an empty table.
 
         Args:
             device: where the slots live.
-            modules: module path → the module; may grow later.
+            modules: path → the module or parameter; may grow later.
         """
         self._device = device
         self._modules = modules
@@ -49,6 +53,24 @@ class AddressTable:
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """(slots, modules, 8) int64: the entries of the slots of this dtype. It may be another one after a `write`."""
         return self._tensors[dtype]
+
+    def experts(self, dtype: torch.dtype, columns: Sequence[int], experts: int) -> torch.Tensor:
+        """The entries of every expert, made on the device from those of the first.
+
+        Args:
+            dtype: of the slots.
+            columns: of parameters of experts.
+            experts: how many each of them has.
+
+        Returns:
+            (slots · experts, columns, 8) int64, the row of a slot's expert being slot · experts + expert.
+        """
+        first = self._tensors[dtype][:, list(columns)].unsqueeze(1)
+        every = first.repeat(1, experts, 1, 1)
+        expert = torch.arange(experts, device=self._device).view(-1, 1, 1)
+        every[..., :2] += expert * first[..., _STRIDES]
+        every[..., _STRIDES] = 0
+        return every.flatten(0, 1)
 
     def write(self, slot: Slot) -> None:
         """Brings a slot's row up to date, in the order of the current stream."""
@@ -80,6 +102,9 @@ class AddressTable:
                 words[column] = entry_words(a, b, c, d, module.rank, scale, w)
                 addressed[column, :4] = [at is not None for at in (module.a, module.b, module.c, module.d)]
                 addressed[column, 6] = module.w is not None
+                if module.kind == "experts":
+                    widths = module.in_features, module.out_features
+                    words[column, _STRIDES] = [module.rank * width * dtype.itemsize for width in widths]
             self._rows[key] = words, addressed
         return self._rows[key]
 

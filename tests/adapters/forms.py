@@ -25,17 +25,19 @@ def module_form(
     factors: bool = True,
     c: bool = False,
     d: bool = False,
+    experts: int = 0,
 ) -> ModuleForm:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    a_shape = (rank, in_features) if kind == "linear" else (in_features, rank)
+    a_shape = (in_features, rank) if kind == "embedding" else (rank, in_features)
+    each = (experts,) if experts else ()
     return ModuleForm(
         kind=kind,
         in_features=in_features,
         out_features=out_features,
-        a=normal(*a_shape).to(dtype) if factors else None,
-        b=normal(out_features, rank).to(dtype) if factors else None,
+        a=normal(*each, *a_shape).to(dtype) if factors else None,
+        b=normal(*each, out_features, rank).to(dtype) if factors else None,
         scale=scale,
         c=normal(out_features) if c else None,
         d=normal(out_features) if d else None,
@@ -91,6 +93,12 @@ def odd_form(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> AdapterForm:
     )
     modules["wpe"] = ModuleForm("embedding", 11, 5, w=torch.randn(11, 5, generator=generator).to(dtype))
     modules["norm"] = ModuleForm("norm", 7, 7, c=torch.randn(7, generator=generator))
+    modules["model.layers.12.experts.down_proj"] = module_form(
+        generator, kind="experts", in_features=9, out_features=6, rank=3, dtype=dtype, experts=5
+    )
+    modules["model.layers.12.gate.weight"] = module_form(
+        generator, kind="router", in_features=9, out_features=5, dtype=dtype
+    )
     extras = {
         "base_model.model.m.lora_magnitude_vector": torch.randn(13, generator=generator),
         "base_model.model.flag": torch.tensor([True, False, True]),

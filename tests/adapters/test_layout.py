@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -138,3 +139,41 @@ def test_wrong_layouts_are_refused() -> None:
     del without_b["modules"][0]["b"]
     with pytest.raises(BankError, match="both a and b"):
         Layout.from_json(without_b)
+
+
+def of_experts() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON of a layout, and of its module that is of experts."""
+    layout = Layout.of(odd_form()).to_json()
+    return layout, next(module for module in layout["modules"] if module["kind"] == "experts")
+
+
+def test_experts_lie_one_after_another_and_b_transposed() -> None:
+    form = odd_form(dtype=torch.float32)
+    extent = Extent.of_form(form)
+    module = next(module for module in extent.layout.modules if module.kind == "experts")
+    source = form.modules[module.path]
+    assert module.experts == source.experts == 5 and source.rank == 3
+    for at, factor in ((module.a, source.a), (module.b, source.b.mT)):
+        for expert in range(5):
+            begin = at + expert * factor[expert].numel()
+            assert torch.equal(extent.weights[begin : begin + factor[expert].numel()], factor[expert].flatten())
+
+
+@pytest.mark.parametrize("value", [0, "5", None, 1 << 39])
+def test_wrong_experts_are_refused(value: object) -> None:
+    layout, module = of_experts()
+    module["experts"] = value
+    with pytest.raises(BankError, match="layout"):
+        Layout.from_json(layout)
+
+
+def test_experts_have_factors_and_nothing_else() -> None:
+    layout, module = of_experts()
+    module["c"] = 0
+    with pytest.raises(BankError, match="of experts.*a and b alone"):
+        Layout.from_json(layout)
+    layout, module = of_experts()
+    del module["a"], module["b"]
+    module["rank"] = 0
+    with pytest.raises(BankError, match="of experts.*a and b alone"):
+        Layout.from_json(layout)

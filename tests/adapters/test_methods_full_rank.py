@@ -235,7 +235,6 @@ def test_what_is_not_saved_and_cannot_be_made_again(tmp_path, method, option):
         ("frod", {"sparse_rate": "0.1"}, CheckpointError, "sparse_rate"),
         ("hira", {"r": 1 << 30}, CheckpointError, "r=1073741824 asks for"),
         ("hira", {"rank_pattern": {"[": 4}}, CheckpointError, "rank_pattern is no regular expression"),
-        ("hira", {"bias": "all"}, UnsupportedMethodError, "bias"),
         ("oft", {"num_cayley_neumann_terms": 1 << 20}, CheckpointError, "num_cayley_neumann_terms"),
         ("oft", {"oft_block_size": 4}, ShapeMismatchError, "oft_R.weight of"),
         ("oft", {"r": 4}, CheckpointError, "PEFT does not take"),
@@ -253,7 +252,6 @@ def test_what_is_not_saved_and_cannot_be_made_again(tmp_path, method, option):
         ("supertuning", {"r": None}, CheckpointError, "r is None"),
         ("waveft", {"wavelet_family": "none"}, CheckpointError, "none"),
         ("waveft", {"scaling": 1e300}, CheckpointError, "scaling"),
-        ("waveft", {"modules_to_save": ["lm_head"]}, UnsupportedMethodError, "modules_to_save"),
     ],
     ids=str,
 )

@@ -49,7 +49,7 @@ def test_safetensors_reads_it(tmp_path: Path) -> None:
     for name, form in forms.items():
         for path, module in form.modules.items():
             for item, tensor in module.tensors():
-                lies = tensor.T if item == "b" else tensor
+                lies = tensor.mT if item == "b" else tensor
                 assert same_bits(tensors.pop(f"{name}/{path}/{item}"), lies)
         for key, tensor in form.extras.items():
             assert same_bits(tensors.pop(f"{name}/extras/{key}"), tensor)

@@ -94,6 +94,12 @@ def test_single_experts_are_refused(llava, path):
         check_placement(llava, path)
 
 
+def test_experts_of_one_modality_are_refused(llava):
+    """Ernie 4.5 VL's."""
+    with pytest.raises(UnsupportedMethodError, match="one modality's tokens"):
+        check_placement(llava, "model.language_model.layers.1.mlp.text_moe.experts")
+
+
 @pytest.mark.parametrize(
     ("model_type", "path"),
     [

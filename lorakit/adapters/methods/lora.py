@@ -1,27 +1,26 @@
 """LoRA and its plain variants: rsLoRA, rank_pattern, alpha_pattern, lora_bias; Linear, Conv1D and Embedding.
 
 y = W x + b + s · B A x, with s = alpha / r, or alpha / √r for rsLoRA (peft.tuners.lora.LoraLayer). DoRA adds its
-channel scale in dora.py. Factors that are stored packed are unpacked by bdlora.py and qalora.py; methods that change
-the base's weights are brought to the base as it is by pissa.py (also OLoRA) and kasa.py, which doubles the rank. An
-adapter that acts from its invocation tokens on (alora.py) has the same form. Which options are served, lora_options.py
-says.
+channel scale in dora.py; adapters on the parameters of experts are in experts.py. Factors that are stored packed are
+unpacked by bdlora.py and qalora.py; methods that change the base's weights are brought to the base as it is by pissa.py
+(also OLoRA) and kasa.py, which doubles the rank. An adapter that acts from its invocation tokens on (alora.py) has the
+same form. Which options are served, lora_options.py says.
 
 Sources: Hu et al. 2021 (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 2312.03732); peft.LoraConfig.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods import alora, bdlora, dora, kasa, pissa, qalora
+from lorakit.adapters.methods import alora, bdlora, dora, experts, kasa, pissa, qalora
 from lorakit.adapters.methods.lora_options import check_options
 from lorakit.adapters.methods.parts import check_items, check_shape, module_form, parts_of
-from lorakit.adapters.methods.targets import by_pattern, place_at
+from lorakit.adapters.methods.targets import place_at, rank_and_scale, targeted
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
 from lorakit.errors import ShapeMismatchError, UnsupportedMethodError
@@ -43,20 +42,23 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     config = checkpoint.config
     check_options(checkpoint)
     alora.check(checkpoint, base)
-    grouped = parts_of(checkpoint, base, "a LoRA", (*_FACTORS, _BIAS, dora.MAGNITUDE, kasa.DIAGONAL)).modules
+    rest, parameters, extras = experts.split(checkpoint, base)
+    grouped: Mapping[str, Mapping[str, torch.Tensor]] = {}
+    if rest.tensors or not parameters or targeted(rest, base):
+        grouped = parts_of(rest, base, "a LoRA", (*_FACTORS, _BIAS, dora.MAGNITUDE, kasa.DIAGONAL)).modules
     modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
     method = _method(checkpoint)
     # What A and B alone cannot give back to PEFT: DoRA's magnitudes, and biases, which the form holds scaled; all of
     # it where A and B are not the checkpoint's own.
     kept = (dora.MAGNITUDE, _BIAS, *(_FACTORS if method in _REBUILT else ()), kasa.DIAGONAL)
-    extras = {f"{path}.{item}": items[item] for path, items in grouped.items() for item in kept if item in items}
+    own = {f"{path}.{item}": items[item] for path, items in grouped.items() for item in kept if item in items}
     reads_base = bool(config.get("use_dora")) or method in ("pissa", "olora", "kasa")
-    return AdapterForm(method, modules, dict(config), extras, reads_base)
+    return AdapterForm(method, {**modules, **parameters}, dict(config), {**own, **extras}, reads_base)
 
 
 def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors by key."""
-    tensors = dict(form.extras)
+    tensors = experts.restore(form.modules, form.extras)
     for path, module in form.modules.items():
         for item, (factor, kind) in _FACTORS.items():
             tensor = getattr(module, factor)
@@ -100,7 +102,7 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
             f"{source}: {alora.INVOCATION} on the embedding {path} is not served: PEFT has it for linear modules alone."
         )
     check_items(checkpoint, path, items, _wanted(checkpoint, place))
-    rank, scale = _rank_and_scale(checkpoint, path)
+    rank, scale = rank_and_scale(checkpoint, path)
     group = qalora.group_size(checkpoint, factors["a"], place.in_features)
     blocks = bdlora.blocks(checkpoint, place, path)
     expected = {"a": (rank, place.in_features // group), "b": (place.out_features, rank)}
@@ -139,10 +141,3 @@ def _wanted(checkpoint: Checkpoint, place: Place) -> list[str]:
         kasa.DIAGONAL: kasa.is_kasa(checkpoint),
     }
     return [item for item, wanted in there.items() if wanted]
-
-
-def _rank_and_scale(checkpoint: Checkpoint, path: str) -> tuple[int, float]:
-    """r and s of a module."""
-    rank: int = by_pattern(checkpoint, "rank_pattern", "r", path)
-    alpha: float = by_pattern(checkpoint, "alpha_pattern", "lora_alpha", path)
-    return rank, alpha / math.sqrt(rank) if checkpoint.config.get("use_rslora") else alpha / rank

@@ -6,14 +6,18 @@ silently wrong output is worse than a refusal. Knows peft.LoraConfig's fields; k
 
 from __future__ import annotations
 
+import dataclasses
+
 from peft import LoraConfig
 
 from lorakit.adapters.methods import alora, bdlora, kasa, pissa
 from lorakit.adapters.methods.options import (
     ALPHA_PATTERN,
     RANK_PATTERN,
+    TARGETS,
     WHOLE_TENSORS,
     Option,
+    are_names,
     check_config,
     flag,
     is_number,
@@ -28,7 +32,6 @@ from lorakit.errors import UnsupportedMethodError
 # Options that change what the adapter computes, and why they are refused.
 _REFUSED = {
     **WHOLE_TENSORS,
-    "target_parameters": "its expert parameters need per-expert factors",
     "arrow_config": "its router chooses among adapters for every token",
     "layer_replication": "it changes the base's layers, which all tenants share",
     "megatron_config": "its layers are Megatron's, not transformers'",
@@ -56,7 +59,16 @@ def check_options(checkpoint: Checkpoint) -> None:
     # First, as they give reasons where PEFT's own class would only refuse.
     _check_init(checkpoint)
     _check_variants(checkpoint)
-    check_config(checkpoint, LoraConfig, _OPTIONS, harmless=_HARMLESS, refused=_REFUSED, empty=["arrow_config"])
+    _check_parameters(checkpoint)
+    check_config(
+        checkpoint,
+        LoraConfig,
+        _OPTIONS,
+        harmless=_HARMLESS,
+        refused=_REFUSED,
+        empty=["arrow_config"],
+        targets=_TARGETS if checkpoint.config.get("target_parameters") else TARGETS,
+    )
 
 
 def _check_init(checkpoint: Checkpoint) -> None:
@@ -108,9 +120,38 @@ def _check_variants(checkpoint: Checkpoint) -> None:
         raise UnsupportedMethodError(f"{checkpoint.source}: {' and '.join(names)} are not served together.")
 
 
+def _check_parameters(checkpoint: Checkpoint) -> None:
+    """Refuses what PEFT does not take beside target_parameters (peft.tuners.lora.layer.ParamWrapper)."""
+    config = checkpoint.config
+    if not config.get("target_parameters"):
+        return
+    beside = {
+        **{name: config.get(name) for name in "lora_dropout fan_in_fan_out lora_bias use_dora use_qalora".split()},
+        "use_bdlora": bdlora.is_bdlora(checkpoint),
+        "kasa_config": kasa.is_kasa(checkpoint),
+        "init_lora_weights": pissa.method_of(checkpoint),
+        alora.INVOCATION: alora.is_alora(checkpoint),
+    }
+    for name, value in beside.items():
+        if value:
+            raise UnsupportedMethodError(
+                f"{checkpoint.source}: {name}={shown(config[name])} and target_parameters are not served together: "
+                "PEFT has no such adapter of a parameter."
+            )
+
+
+# Beside target_parameters there may be no target_modules.
+_TARGETS = tuple(
+    dataclasses.replace(option, fits=are_names, needed=False) if option.needed else option for option in TARGETS
+)
 _OPTIONS = (
     rank("r"),
     number("lora_alpha"),
+    Option(
+        "target_parameters",
+        lambda value: are_names(value) and not isinstance(value, str),
+        "a list of parameters' names",
+    ),
     RANK_PATTERN,
     ALPHA_PATTERN,
     Option("lora_dropout", lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),

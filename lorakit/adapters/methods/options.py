@@ -123,6 +123,7 @@ def check_config(
     harmless: str = "",
     refused: Mapping[str, str] = WHOLE_TENSORS,
     empty: Collection[str] = (),
+    targets: Iterable[Option] = TARGETS,
 ) -> None:
     """Refuses a configuration that a family's formula would be wrong for, or that cannot be meant.
 
@@ -133,12 +134,13 @@ def check_config(
         harmless: more options that do not change what a trained adapter computes, separated by spaces.
         refused: options that do, and why they are not served.
         empty: those of them that count as set by {} too.
+        targets: the options that say which modules are meant.
 
     Raises:
         UnsupportedMethodError: an option that is refused or unknown is set.
         CheckpointError: a value that cannot be.
     """
-    options = [*options, *TARGETS]
+    options = [*options, *targets]
     refuse_set(checkpoint, refused, empty)
     known = COMMON | {"bias", *harmless.split(), *(option.name for option in options), *refused}
     refuse_unknown(checkpoint, known)

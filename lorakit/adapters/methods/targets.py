@@ -7,6 +7,7 @@ narrows it, and options that patterns set module by module; knows no tensor's me
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from types import SimpleNamespace
@@ -71,7 +72,9 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
 def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The places that PEFT would adapt: of norms none, whatever a pattern matches."""
     config = checkpoint.config
-    targets = config["target_modules"]
+    targets = config.get("target_modules")
+    if targets is None:  # target_parameters names all there is
+        return frozenset()
     if isinstance(targets, str) and targets.lower() == "all-linear":
         # PEFT puts their names in its place, and only then looks at exceptions.
         targets = base.all_linear - ({base.classifier} if config.get("task_type") == "SEQ_CLS" else set())
@@ -111,3 +114,14 @@ def by_pattern(checkpoint: Checkpoint, patterns: str, default: str, path: str) -
         raise CheckpointError(
             f"{checkpoint.source}: a pattern in {patterns} is no regular expression ({error}); save the adapter again."
         ) from error
+
+
+def rank_and_scale(checkpoint: Checkpoint, path: str) -> tuple[int, float]:
+    """r and s of a LoRA at a path: s = alpha / r, or alpha / √r for rsLoRA (peft.tuners.lora.LoraLayer).
+
+    Raises:
+        CheckpointError: a pattern is no regular expression.
+    """
+    rank: int = by_pattern(checkpoint, "rank_pattern", "r", path)
+    alpha: float = by_pattern(checkpoint, "alpha_pattern", "lora_alpha", path)
+    return rank, alpha / math.sqrt(rank) if checkpoint.config.get("use_rslora") else alpha / rank

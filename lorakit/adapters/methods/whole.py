@@ -185,6 +185,8 @@ def _biases(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     if bias == "all":
         return every
     if isinstance(bias, str) and bias.endswith("_only"):
+        if checkpoint.config.get("target_modules") is None:  # target_parameters names all there is
+            return frozenset()
         check_values(checkpoint, TARGETS)
         return every & {path + _BIAS for path in targeted(checkpoint, base)}
     raise CheckpointError(f"{checkpoint.source}: bias is {shown(bias)}; it should be 'none', 'all' or '…_only'.")
