@@ -111,7 +111,8 @@ class AdapterForm:
             routers those of `named_parameters()`.
         config: the checkpoint's adapter_config.json.
         extras: tensors of the checkpoint that the form does not hold as they were (DoRA's magnitudes, under their
-            PEFT keys); kept so that the checkpoint can be written back, never loaded for serving.
+            PEFT keys), or that say how it held them; kept so that the checkpoint can be written back, never loaded
+            for serving.
         uses_base_weights: the conversion read the base's weights, so the form is right for that base only.
         base_quantisation: how the weights that it read were quantised (`quantised.quantisation`); "" if they were not,
             or if it read none.

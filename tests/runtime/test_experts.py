@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from architectures import Architecture
 from mixtures import EXPERTS, FURTHER, MIXTURES, in_double, mixture_of, one_row, relative, tenant_of
 from torch import nn
 from transformers.integrations import use_experts_implementation
 
 from lorakit import MultiLoraModel
-from lorakit.adapters.places import expert_places_of
+from lorakit.adapters.places import expert_places_of, parameter_places
 from lorakit.errors import AdapterIdsError, UnsupportedMethodError
 from lorakit.runtime import ops
 from lorakit.runtime.experts import AdaptedExperts, Pairs
@@ -233,6 +234,22 @@ def test_two_models_on_one_base_do_not_get_in_each_others_way(family):
             logits = model(**inputs, adapter_ids=[tenant, None]).logits
             assert relative(logits[0], family.tenants[tenant](**one_row(inputs, 0)).logits[0]) <= 1e-5
     assert torch.equal(base(**inputs).logits, family.base(**inputs).logits)
+
+
+@torch.no_grad()
+def test_offloaded_experts_and_routers_are_served(family):
+    """Their weights are on the meta device, but inside the forward that accelerate puts in the place of theirs."""
+    base = copy.deepcopy(family.base)
+    for owner in {path.rpartition(".")[0] for path in parameter_places(base)}:
+        module = base.get_submodule(owner)
+        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=dict(module.state_dict()))
+        add_hook_to_module(module, hook)
+        assert next(module.parameters()).is_meta
+    model = MultiLoraModel(base)
+    model.load_adapter("all", family.tenants["all"])
+    inputs = family.inputs(2)
+    mixed = model(**inputs, adapter_ids=["all", None]).logits
+    assert torch.equal(mixed, family.model(**inputs, adapter_ids=["all", None]).logits)
 
 
 @torch.no_grad()
