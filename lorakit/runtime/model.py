@@ -53,7 +53,7 @@ from lorakit.runtime.rows import Rows, together
 from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
 from lorakit.runtime.table import AddressTable
-from lorakit.runtime.towers import Towers, tower_paths, towers_of
+from lorakit.runtime.towers import Towers, has_towers, tower_paths, towers_of
 
 AdapterIds: TypeAlias = str | Sequence[str | None] | None
 AloraOffsets: TypeAlias = Sequence[int | None] | None
@@ -134,6 +134,7 @@ class MultiLoraModel(nn.Module):
         self._last: _Formed | None = None
         self._active: list[AdaptedModule | AdaptedParameter | Siblings] = []
         self._generation: Generation | None = None
+        self._multimodal = has_towers(model)
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
@@ -356,7 +357,7 @@ class MultiLoraModel(nn.Module):
         """Takes away the batch of a call that is still running: a logits processor may call its own model."""
         outer = [(part, part.batch) for part in self._active]
         active, self._active = self._active, []
-        generation, self._generation = self._generation, None
+        generation = self._generation
         asleep = generation is not None and generation.asleep
         try:
             for part, _ in outer:
@@ -366,7 +367,8 @@ class MultiLoraModel(nn.Module):
             yield
         finally:
             self._active = active
-            self._generation = generation
+            if self._generation is not generation:
+                self._generation = generation
             if generation is not None:
                 generation.asleep = asleep
             for part, batch in outer:
@@ -424,6 +426,8 @@ class MultiLoraModel(nn.Module):
         self, ids: Sequence[str | None], slots: tuple[Slot | None, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Towers:
         """The towers' modules that adapters touch, where these need rows of their own."""
+        if not self._multimodal:
+            return Towers()
         rows = Rows(slots)
         paths = tower_paths(self.model, rows.touched)
         for name, slot in zip(ids, slots, strict=True):

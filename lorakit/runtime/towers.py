@@ -41,10 +41,15 @@ class Towers(NamedTuple):
         return [rows._replace(paths=frozenset(rows.touched) - self.paths), *self.rows]
 
 
+def has_towers(model: nn.Module) -> bool:
+    """Whether the model sees or hears."""
+    config = getattr(model, "config", None)
+    return any(getattr(config, name, None) is not None for name in _CONFIGS)
+
+
 def tower_paths(model: nn.Module, paths: Iterable[str]) -> frozenset[str]:
     """Those of the paths that lie outside the language model."""
-    config = getattr(model, "config", None)
-    if all(getattr(config, name, None) is None for name in _CONFIGS):
+    if not has_towers(model):
         return frozenset()
     getters = ("get_decoder", "get_output_embeddings", "get_input_embeddings")
     parts = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]

@@ -165,6 +165,11 @@ def test_without_a_cache_a_row_begins_where_it_did(name):
     assert torch.equal(check_generated(name, use_cache=False), check_generated(name))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_static_cache(name):
+    check_generated(name, cache_implementation="static")
+
+
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_a_prompt_in_chunks(size):
     """PEFT lets the adapter act on the last tokens of every chunk; whole prompts it gets right."""
