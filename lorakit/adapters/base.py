@@ -62,6 +62,8 @@ class BaseModel:
         architecture: its transformers class, for example "LlamaForCausalLM".
         places: module path → `Place`, for every module that can carry an adapter.
         all_linear: the paths that PEFT means by target_modules="all-linear": every linear but the output's.
+        embedding: the path of the input embedding, or None where the model names none.
+        tied: the paths of the other modules whose weight is the input embedding's, if the model's config ties them.
     """
 
     def __init__(self, model: nn.Module, weights: _Weights, base_id: str) -> None:
@@ -70,6 +72,7 @@ class BaseModel:
         self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         self.places: Mapping[str, Place] = places(model)
         self.all_linear = _all_linear(model)
+        self.embedding, self.tied = _tied(model)
         self.parameters = {name: tuple(p.shape) for name, p in _base_parameters(model)}
         self._weights = weights
 
@@ -278,6 +281,26 @@ def _all_linear(model: nn.Module) -> frozenset[str]:
     return frozenset(
         path for path, module in base_modules(model) if isinstance(module, nn.Linear | Conv1D) and module is not output
     )
+
+
+def _tied(model: nn.Module) -> tuple[str | None, frozenset[str]]:
+    """`BaseModel.embedding` and `BaseModel.tied` (peft.utils.other._get_module_names_tied_with_embedding)."""
+    get_input = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get_input() if callable(get_input) else None
+    except NotImplementedError:
+        embedding = None
+    inner = getattr(embedding, "get_base_layer", None)
+    embedding = inner() if callable(inner) else embedding
+    if embedding is None:
+        return None, frozenset()
+    modules = dict(base_modules(model))
+    path = next((path for path, module in modules.items() if module is embedding), None)
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) is not True:
+        return path, frozenset()
+    weight = getattr(embedding, "weight", None)
+    same = {other for other, module in modules.items() if getattr(module, "weight", None) is weight}
+    return path, frozenset(same - {path}) if weight is not None else frozenset()
 
 
 def _refuse_changed(model: nn.Module) -> None:

@@ -165,9 +165,10 @@ class Recipe:
                         f"{path} has rank {module.rank} in adapter {name!r} and {other.rank} in {first!r}, and "
                         f"combination {self.combination!r} needs equal ones; use 'cat' or 'svd'."
                     )
-            if self._applied in _ON_FACTORS and adapter.method not in _PLAIN and len(adapters) > 1:
+            method = "trainable_token_indices" if adapter.config.get("trainable_token_indices") else adapter.method
+            if self._applied in _ON_FACTORS and method not in _PLAIN and len(adapters) > 1:
                 raise UnsupportedMethodError(
-                    f"adapter {name!r} is of the method {adapter.method!r}, whose factors at {_shapes(adapter)[0][0]} "
+                    f"adapter {name!r} is of the method {method!r}, whose factors at {_shapes(adapter)[0][0]} "
                     f"and elsewhere are no LoRA's, as combination {self.combination!r} needs them; use 'cat' or 'svd'."
                 )
         if biased and embedding:

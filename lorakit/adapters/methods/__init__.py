@@ -31,6 +31,7 @@ from lorakit.adapters.methods import (
     gralora,
     hra,
     ia3,
+    ln_tuning,
     loha,
     lokr,
     lora,
@@ -40,6 +41,8 @@ from lorakit.adapters.methods import (
     psoft,
     pvera,
     tinylora,
+    tokens,
+    trainable_tokens,
     unilora,
     vblora,
     vera,
@@ -58,6 +61,7 @@ FAMILIES: Mapping[str, Any] = {
     "GRALORA": gralora,
     "HRA": hra,
     "IA3": ia3,
+    "LN_TUNING": ln_tuning,
     "LOHA": loha,
     "LOKR": lokr,
     "LORA": lora,
@@ -67,6 +71,7 @@ FAMILIES: Mapping[str, Any] = {
     "PSOFT": psoft,
     "PVERA": pvera,
     "TINYLORA": tinylora,
+    "TRAINABLE_TOKENS": trainable_tokens,
     "UNILORA": unilora,
     "VBLORA": vblora,
     "VERA": vera,
@@ -76,7 +81,6 @@ FAMILIES: Mapping[str, Any] = {
 _PROMPTS = "it adds virtual tokens or a side network, and changes no module's weights"
 _ROUTERS = "its router decides anew for every token, so it has no fixed form"
 _FULL_RANK = "its change of a weight has full rank, or nearly, so it has no exact low-rank form"
-_WHOLE = "it replaces whole tensors of the base, which all tenants share"
 _REFUSED = {
     **dict.fromkeys(
         ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"], _PROMPTS
@@ -84,7 +88,6 @@ _REFUSED = {
     **dict.fromkeys(["ADAPTION_PROMPT", "SHADOW"], _PROMPTS),
     **dict.fromkeys(["XLORA", "LILY"], _ROUTERS),
     **dict.fromkeys("RANDLORA FOURIERFT WAVEFT C3A HIRA FROD SHIRA SUPERTUNING OFT BOFT ROAD OSF".split(), _FULL_RANK),
-    **dict.fromkeys(["LN_TUNING", "TRAINABLE_TOKENS"], _WHOLE),
 }
 
 
@@ -99,14 +102,18 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     if family is None:
         reason = _REFUSED.get(checkpoint.peft_type, f"lorakit converts {', '.join(sorted(FAMILIES))}")
         raise UnsupportedMethodError(f"{checkpoint.source}: PEFT's {checkpoint.peft_type} is not served: {reason}.")
-    apart = whole.set_apart(checkpoint, base)
+    # Whatever PEFT saves beside a method's own tensors is set apart, and put back in the other order.
+    without_tokens = tokens.set_apart(checkpoint, base)
+    apart = whole.set_apart(without_tokens.checkpoint, base)
     form: AdapterForm = family.convert(apart.checkpoint, apart.base)
-    return whole.put_back(form, apart, checkpoint, base)
+    form = whole.put_back(form, apart, without_tokens.checkpoint, base)
+    return tokens.put_back(form, without_tokens, checkpoint, base)
 
 
 def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
     """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported."""
     family = _family(str(form.config["peft_type"]).upper())
+    form = tokens.without(form)
     tensors = family.restore(form) if hasattr(family, "restore") else form.extras
     return {full_key(key): tensor for key, tensor in whole.give_back(form, tensors).items()}
 

@@ -14,7 +14,6 @@ from lorakit.adapters.methods.options import (
     COMMON,
     RANK_PATTERN,
     TARGETS,
-    WHOLE_TENSORS,
     Option,
     check_by_peft,
     check_values,
@@ -33,7 +32,6 @@ from lorakit.errors import UnsupportedMethodError
 
 # Options that change what the adapter computes, and why they are refused.
 _REFUSED = {
-    **WHOLE_TENSORS,
     "target_parameters": "its expert parameters need per-expert factors",
     "alora_invocation_tokens": "it acts from its invocation tokens on, which needs per-token routing",
     "arrow_config": "its router chooses among adapters for every token",

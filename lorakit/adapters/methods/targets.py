@@ -8,7 +8,7 @@ narrows it, and options that patterns set module by module; knows no tensor's me
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,17 +70,19 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
 
 def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The places that PEFT would adapt: of norms none, whatever a pattern matches."""
-    config = checkpoint.config
-    if isinstance(config["target_modules"], str) and config["target_modules"].lower() == "all-linear":
+    targets = checkpoint.config["target_modules"]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
         return base.all_linear
+    return matches(checkpoint, [path for path, place in base.places.items() if place.kind != "norm"])
+
+
+def matches(checkpoint: Checkpoint, paths: Iterable[str]) -> frozenset[str]:
+    """Those of the paths that target_modules names, and what narrows it leaves."""
+    config = checkpoint.config
     fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     matcher = SimpleNamespace(target_parameters=None, **{field: config.get(field) for field in fields})
     try:
-        return frozenset(
-            path
-            for path, place in base.places.items()
-            if place.kind != "norm" and check_target_module_exists(matcher, path)
-        )
+        return frozenset(path for path in paths if check_target_module_exists(matcher, path))
     except PATTERN_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint.source}: a pattern in target_modules, exclude_modules or layers_pattern is no regular "
