@@ -7,6 +7,7 @@ name, over a skeleton on the meta device. Knows transformers' checkpoints; knows
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class BaseModel:
         places: module path → `Place`, for every module that can carry an adapter.
         all_linear: the paths that PEFT means by target_modules="all-linear": every linear but the output's.
         embedding: the path of the input embedding, or None where the model names none.
+        output: the path of the output layer, or None where the model names none.
         tied: the paths of the other modules whose weight is the input embedding's, if the model's config ties them.
     """
 
@@ -70,9 +72,10 @@ class BaseModel:
         self.id = base_id
         self.architecture = type(model).__name__
         self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-        self.places: Mapping[str, Place] = places(model)
+        self.places: dict[str, Place] = places(model)
         self.all_linear = _all_linear(model)
         self.embedding, self.tied = _tied(model)
+        self.output = _path_of(model, "get_output_embeddings")
         self.parameters = {name: tuple(p.shape) for name, p in _base_parameters(model)}
         self._weights = weights
 
@@ -126,6 +129,26 @@ class BaseModel:
             return self
         other = copy.copy(self)
         other._weights = _ReplacedWeights(self._weights, parameters)
+        return other
+
+    def with_rows(self, weights: Mapping[str, torch.Tensor]) -> BaseModel:
+        """The same base with more rows at some modules.
+
+        Args:
+            weights: path of an embedding or an output layer → its weight (V + k, D).
+        """
+        other = self.with_parameters({f"{path}.weight": weight for path, weight in weights.items()})
+        if weights:
+            other.places, other.parameters = dict(self.places), dict(self.parameters)
+        for path, weight in weights.items():
+            place = self.places[path]
+            rows = weight.shape[0]
+            other.places[path] = (
+                dataclasses.replace(place, in_features=rows)
+                if place.kind == "embedding"
+                else dataclasses.replace(place, out_features=rows)
+            )
+            other.parameters[f"{path}.weight"] = tuple(weight.shape)
         return other
 
     def parameter(self, name: str) -> torch.Tensor | None:
@@ -285,22 +308,27 @@ def _all_linear(model: nn.Module) -> frozenset[str]:
 
 def _tied(model: nn.Module) -> tuple[str | None, frozenset[str]]:
     """`BaseModel.embedding` and `BaseModel.tied` (peft.utils.other._get_module_names_tied_with_embedding)."""
-    get_input = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = get_input() if callable(get_input) else None
-    except NotImplementedError:
-        embedding = None
-    inner = getattr(embedding, "get_base_layer", None)
-    embedding = inner() if callable(inner) else embedding
-    if embedding is None:
+    path = _path_of(model, "get_input_embeddings")
+    if path is None:
         return None, frozenset()
     modules = dict(base_modules(model))
-    path = next((path for path, module in modules.items() if module is embedding), None)
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False) is not True:
         return path, frozenset()
-    weight = getattr(embedding, "weight", None)
+    weight = getattr(modules[path], "weight", None)
     same = {other for other, module in modules.items() if getattr(module, "weight", None) is weight}
     return path, frozenset(same - {path}) if weight is not None else frozenset()
+
+
+def _path_of(model: nn.Module, getter: str) -> str | None:
+    """The path of the module that one of transformers' getters gives."""
+    get = getattr(model, getter, None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:
+        return None
+    inner = getattr(found, "get_base_layer", None)
+    found = inner() if callable(inner) else found
+    return None if found is None else next((path for path, one in base_modules(model) if one is found), None)
 
 
 def _refuse_changed(model: nn.Module) -> None:

@@ -12,6 +12,11 @@ is not used:
 
     y = w x + d
 
+Tokens that it adds to the base's vocabulary have rows t of their own, at an embedding and at the output layer, whose
+output grows by as many logits:
+
+    y[V + j] = t[j] x
+
 Knows tensors; knows no file, no PEFT key, no device.
 """
 
@@ -28,7 +33,7 @@ from lorakit.errors import NonFiniteWeightsError
 
 Kind = Literal["linear", "embedding", "norm"]
 
-WEIGHTS = ("a", "b", "w")
+WEIGHTS = ("a", "b", "w", "t")
 VECTORS = ("c", "d")
 ITEMS = WEIGHTS + VECTORS
 """The names of a module's tensors: matrices, which may be kept in 16 bits, and fp32 vectors."""
@@ -50,6 +55,8 @@ class ModuleForm:
         d: (out,) fp32, or None for zeros.
         w: a whole weight, (out, in), an embedding's (in, out) as `nn.Embedding` has it; None for the base's. It comes
             without A, B and c, and a scale of 1.
+        t: (k, out) for an embedding, (k, in) for an output layer: the rows of the ids after the base's last. They are
+            whole: A, B, c, d and w act on the base's ids alone. None where it adds none.
     """
 
     kind: Kind
@@ -61,6 +68,12 @@ class ModuleForm:
     c: torch.Tensor | None = None
     d: torch.Tensor | None = None
     w: torch.Tensor | None = None
+    t: torch.Tensor | None = None
+
+    @property
+    def added(self) -> int:
+        """k, the tokens that it adds."""
+        return 0 if self.t is None else self.t.shape[0]
 
     @property
     def rank(self) -> int:
@@ -77,13 +90,14 @@ class ModuleForm:
     def __post_init__(self) -> None:
         assert (self.a is None) == (self.b is None), "A and B come together"
         assert self.w is None or (self.b is None and self.c is None and self.scale == 1), "w takes the product's place"
-        assert self.kind != "norm" or (self.b is None and self.w is None), "a norm takes c and d alone"
+        assert self.kind != "norm" or (self.b is None and self.w is None and self.t is None), "a norm takes c and d"
         r = self.rank
         linear = self.kind == "linear"
         shapes = {
             "a": (r, self.in_features) if linear else (self.in_features, r),
             "b": (self.out_features, r),
             "w": (self.out_features, self.in_features) if linear else (self.in_features, self.out_features),
+            "t": (self.added, self.in_features if linear else self.out_features),
             "c": (self.out_features,),
             "d": (self.out_features,),
         }

@@ -87,6 +87,8 @@ class ModuleLayout:
         c: c's first element in the vectors region, or None; c is (out,).
         d: d's, or None; d is (out,).
         w: w's first element in the weights region, or None; w is (out, in), for an embedding (in, out).
+        t: t's, or None; t is (added, in), for an embedding (added, out).
+        added: the tokens that it adds to the vocabulary; 0 without t.
     """
 
     path: str
@@ -100,9 +102,11 @@ class ModuleLayout:
     c: int | None = None
     d: int | None = None
     w: int | None = None
+    t: int | None = None
+    added: int = 0
 
     def weights(self) -> Iterator[Span]:
-        """A, B and w, where there are any."""
+        """A, B, w and t, where there are any."""
         if self.a is not None and self.b is not None:
             shape = (self.rank, self.in_features) if self.kind == "linear" else (self.in_features, self.rank)
             yield Span(self.path, "a", self.a, shape)
@@ -110,6 +114,9 @@ class ModuleLayout:
         if self.w is not None:
             linear = self.out_features, self.in_features
             yield Span(self.path, "w", self.w, linear if self.kind == "linear" else linear[::-1])
+        if self.t is not None:
+            width = self.in_features if self.kind == "linear" else self.out_features
+            yield Span(self.path, "t", self.t, (self.added, width))
 
     def vectors(self) -> Iterator[Span]:
         """C and d, where there are any."""
@@ -122,7 +129,8 @@ class ModuleLayout:
         """The module as in bank.json; what is None is left out."""
         sizes = {"path": self.path, "kind": self.kind, "in": self.in_features, "out": self.out_features}
         places = {item: getattr(self, item) for item in ITEMS if getattr(self, item) is not None}
-        return {**sizes, "rank": self.rank, "scale": self.scale, **places}
+        added = {"added": self.added} if self.added else {}
+        return {**sizes, "rank": self.rank, "scale": self.scale, **places, **added}
 
     @classmethod
     def from_json(cls, value: object, where: str) -> ModuleLayout:
@@ -143,7 +151,9 @@ class ModuleLayout:
             raise BankError(f"{where} should have both a and b, or neither and rank 0")
         if "w" in places and places.keys() & {"a", "c"}:
             raise BankError(f"{where} has a w, which takes the place of a, b and c")
-        if kind == "norm" and places.keys() & {"a", "w"}:
+        if ("t" in places) != ("added" in fields.value):
+            raise BankError(f"{where} should have both t and added, or neither")
+        if kind == "norm" and places.keys() & {"a", "w", "t"}:
             raise BankError(f"{where} is a norm, which has only c and d")
         return cls(
             path=fields.text("path", least=1),
@@ -157,6 +167,8 @@ class ModuleLayout:
             c=places.get("c"),
             d=places.get("d"),
             w=places.get("w"),
+            t=places.get("t"),
+            added=fields.count("added", least=1, limit=_FEATURES_LIMIT) if "t" in places else 0,
         )
 
 
@@ -176,7 +188,7 @@ class Layout:
 
     @classmethod
     def of(cls, form: AdapterForm) -> Layout:
-        """The layout that a form is packed by: modules in natural order of their paths, each A, B, w and each c, d."""
+        """The layout that a form is packed by: modules in natural order of paths, each A, B, w, t and each c, d."""
         modules = []
         weights = vectors = 0
         for path in sorted(form.modules, key=natural_key):
@@ -202,6 +214,8 @@ class Layout:
                     c=places.get("c"),
                     d=places.get("d"),
                     w=places.get("w"),
+                    t=places.get("t"),
+                    added=module.added,
                 )
             )
         return cls(tuple(modules), weights, vectors)
@@ -263,6 +277,7 @@ class Layout:
                 c=tensors.get("c"),
                 d=tensors.get("d"),
                 w=tensors.get("w"),
+                t=tensors.get("t"),
             )
         return forms
 

@@ -183,6 +183,11 @@ class Recipe:
                 f"adapter {name!r} scales the channels of {path}, as DoRA and IA3 do, so the sum would be no plain "
                 "LoRA; leave it out of the weights."
             )
+        if module.added:
+            raise UnsupportedMethodError(
+                f"adapter {name!r} adds tokens to the vocabulary at {path}, so the sum would be no plain LoRA; leave "
+                "it out of the weights."
+            )
         if not module.rank:
             raise UnsupportedMethodError(
                 f"adapter {name!r} has no low-rank factors at {path}, so the sum would be no plain LoRA; leave it out "

@@ -29,6 +29,7 @@ from lorakit.errors import (
     AdapterExistsError,
     AdapterIdsError,
     AdapterNotFoundError,
+    BankError,
     BaseModelMismatchError,
     BaseModelNotFoundError,
 )
@@ -41,6 +42,7 @@ from lorakit.runtime.routing import Routing
 from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
 from lorakit.runtime.table import AddressTable
+from lorakit.runtime.vocabulary import AddedTokens, LogitsMask
 
 AdapterIds: TypeAlias = str | Sequence[str | None] | None
 
@@ -110,7 +112,8 @@ class MultiLoraModel(nn.Module):
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._last: _Formed | None = None
-        self._active: list[AdaptedModule | Siblings] = []
+        self._active: list[AdaptedModule | Siblings | LogitsMask] = []
+        self._mask: LogitsMask | None = None
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
@@ -259,7 +262,12 @@ class MultiLoraModel(nn.Module):
                 return
             with self._pool.hold(slot for slot in slots if slot is not None):
                 batch = self._formed(slots)
-                with self._joined(batch) if isinstance(batch, Routing) else self._attached(batch, batch.paths):
+                if batch.added:
+                    batch.added.check(args, kwargs)
+                with (
+                    self._joined(batch) if isinstance(batch, Routing) else self._attached(batch, batch.paths),
+                    self._masked(batch),
+                ):
                     yield
 
     @contextmanager
@@ -309,6 +317,20 @@ class MultiLoraModel(nn.Module):
             for group in self._finder.found():
                 self._siblings |= {module.path: group for module in group.modules}
 
+    @contextmanager
+    def _masked(self, batch: Batch) -> Iterator[None]:
+        """Keeps rows from the tokens that other rows' adapters add."""
+        if not batch.added:
+            yield
+            return
+        self._mask = self._mask or LogitsMask(self.model)
+        self._active = [*self._active, self._mask]
+        self._mask.batch = batch
+        try:
+            yield
+        finally:
+            self._mask.batch = None
+
     def _formed(self, slots: tuple[Slot | None, ...]) -> Batch:
         """The batch of these slots: the last one if it had the same, else a new one."""
         kernels = ops.has_kernels(self.device, self.dtype) and not torch.is_grad_enabled()
@@ -327,7 +349,7 @@ class MultiLoraModel(nn.Module):
         paths = {path for slot in slots if slot is not None for path in slot.modules}
         # Kernels read an adapter where the pool has it, so no module may compute on another device.
         if kernels and all(self._adapted[path].device == self._pool.device for path in paths):
-            return Routing(slots, self._table, self._finder, device=self.device)
+            return Routing(slots, self._table, self._finder, AddedTokens(slots, self._adapted), device=self.device)
         return Stacking(slots, self._adapted, dtype=torch.promote_types(self.dtype, torch.float32))
 
     def _slots(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Slot | None, ...]:
@@ -392,6 +414,13 @@ class MultiLoraModel(nn.Module):
 
     def _adapt(self, slots: Sequence[Slot | None]) -> None:
         """Hooks the modules that these adapters touch and that have no hook yet."""
+        for slot in filter(None, slots):
+            for module in slot.layout.modules:
+                if module.added and module.kind == "linear" and module.path != self._base.output:
+                    raise BankError(
+                        f"an adapter adds tokens to the vocabulary at {module.path}, which is no output layer: its "
+                        "bank is not lorakit's, or is damaged."
+                    )
         for path in dict.fromkeys(path for slot in slots if slot is not None for path in slot.modules):
             if len(slots) > 1:
                 check_placement(self.model, path)

@@ -15,6 +15,7 @@ from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.pool import Slot
 from lorakit.runtime.siblings import SiblingFinder
 from lorakit.runtime.table import AddressTable
+from lorakit.runtime.vocabulary import AddedTokens
 
 
 class Routing:
@@ -23,10 +24,17 @@ class Routing:
     Attributes:
         slots: the slot of each row, None for the base.
         paths: the modules that some row's adapter touches.
+        added: the tokens that adapters add to the vocabulary.
     """
 
     def __init__(
-        self, slots: Sequence[Slot | None], table: AddressTable, finder: SiblingFinder, *, device: torch.device
+        self,
+        slots: Sequence[Slot | None],
+        table: AddressTable,
+        finder: SiblingFinder,
+        added: AddedTokens,
+        *,
+        device: torch.device,
     ) -> None:
         """Makes the plan.
 
@@ -34,6 +42,7 @@ class Routing:
             slots: the slot of each row; held until the batch is done.
             table: the addresses; rows that are out of date are written.
             finder: is told of modules that are called alone.
+            added: the tokens that adapters add to the vocabulary.
             device: where the model computes.
         """
         self.slots = tuple(slots)
@@ -41,6 +50,7 @@ class Routing:
         self.paths: Collection[str] = dict.fromkeys(module.path for slot in used for module in slot.layout.modules)
         self._table = table
         self._finder = finder
+        self.added = added
         self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in used))
         self._max_rank = _tiled(max((slot.layout.ranks[-1] for slot in used), default=0))
         # Modules for which some row's adapter brings a whole weight.
@@ -73,7 +83,7 @@ class Routing:
         else:
             self._expand([module], [y], self._shrink([module], x))
         self._replace(module, y, x)
-        return y
+        return self._widened(module, y, x)
 
     def forward(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of siblings. See `siblings.GroupBatch`."""
@@ -83,7 +93,10 @@ class Routing:
         self._expand(modules, ys, self._shrink(modules, x))
         for module, y in zip(modules, ys, strict=True):
             self._replace(module, y, x)
-        return ys
+        return [self._widened(module, y, x) for module, y in zip(modules, ys, strict=True)]
+
+    def _widened(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.added.widen(module, y, x) if module.path in self.added and not module.embedding else y
 
     def _look_up(self, module: AdaptedModule, ids: torch.Tensor) -> list[torch.Tensor]:
         column = self._columns[module.path]

@@ -15,6 +15,7 @@ import torch
 from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.ops import Stack, Whole, replaced, stacked_lora
 from lorakit.runtime.pool import Slot
+from lorakit.runtime.vocabulary import AddedTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class Stacking:
 
     Attributes:
         slots: the slot of each row, None for the base.
+        added: the tokens that adapters add to the vocabulary.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Stacking:
             dtype: the compute dtype of the stacks, at least fp32: the adapters' share is computed and added in it.
         """
         self.slots = tuple(slots)
+        self.added = AddedTokens(slots, modules)
         segments = segments_of(slots)
         stacker = _Stacker(len(self.slots), dtype)
         paths = dict.fromkeys(path for segment in segments for path in segment.slot.modules)
@@ -80,7 +83,7 @@ class Stacking:
             y = stacked_lora(y, x, stack, embedding=module.embedding)
         for whole in self._wholes[module.path]:
             y = replaced(y, x, whole, embedding=module.embedding)
-        return y
+        return self.added.widen(module, y, x) if module.path in self.added and not module.embedding else y
 
 
 def _groups(segments: Sequence[Segment], path: str) -> list[list[Segment]]:
@@ -92,7 +95,7 @@ def _groups(segments: Sequence[Segment], path: str) -> list[list[Segment]]:
     groups: dict[tuple[int, bool, bool, int], list[Segment]] = defaultdict(list)
     for segment in segments:
         module = segment.slot.modules.get(path)
-        if module is not None and module.w is None:
+        if module is not None and any(item in "abcd" for item, _ in module.tensors()) and module.w is None:
             size = (len(segment.rows) - 1).bit_length()
             groups[module.rank, module.c is None, module.d is None, size].append(segment)
     return list(groups.values())

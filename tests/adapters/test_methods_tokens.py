@@ -167,7 +167,8 @@ REFUSED = {
     "negative": (CheckpointError, "list of tokens' indices", {"trainable_token_indices": [-1, 2, 3]}, None),
     "no names": (CheckpointError, "list of tokens' indices", {"trainable_token_indices": {"": [1, 2, 3]}}, None),
     "twice": (CheckpointError, "named twice", {"trainable_token_indices": [1, 2, 1]}, None),
-    "out of range": (CheckpointError, "token 101", {"trainable_token_indices": [1, 2, 101]}, None),
+    "out of range": (UnsupportedMethodError, "rows of some", {"trainable_token_indices": [1, 2, 102]}, None),
+    "after a gap": (UnsupportedMethodError, "rows of some", {"trainable_token_indices": [1, 101, 103]}, None),
     "too few": (ShapeMismatchError, "rows for tokens", {"trainable_token_indices": [1, 2]}, None),
     "too wide": (ShapeMismatchError, "rows for tokens", {}, _wide),
     "of another module": (CheckpointError, "does not name", {"trainable_token_indices": {"lm_head": [1]}}, None),
@@ -239,3 +240,15 @@ def test_tied_modules_are_found_without_weights(tmp_path):
     for path in ("lm_head", "model.embed_tokens"):
         assert torch.equal(form.modules[path].a, expected.modules[path].a)
         assert torch.equal(form.modules[path].b, expected.modules[path].b)
+
+
+@pytest.mark.parametrize(
+    "config", [lora(["q_proj"]), TrainableTokensConfig(token_indices=TOKENS)], ids=["lora", "alone"]
+)
+def test_copies_of_tied_embeddings_beside_them_change_nothing(config, tmp_path):
+    tenant = tenant_with(config, "llama-tied")
+    form = form_of(save(tenant, tmp_path / "a", save_embedding_layers=True), "llama-tied")
+    expected = form_of(save(tenant, tmp_path / "b"), "llama-tied")
+    assert form.modules.keys() == expected.modules.keys()
+    for path, module in form.modules.items():
+        assert torch.equal(module.a, expected.modules[path].a) and torch.equal(module.b, expected.modules[path].b)

@@ -12,7 +12,8 @@ as the PEFT type is, whose object has these functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm
+from lorakit.adapters.layout import weight_dtype
 from lorakit.adapters.methods import (
     adalora,
     adamss,
@@ -46,6 +48,7 @@ from lorakit.adapters.methods import (
     unilora,
     vblora,
     vera,
+    vocabulary,
     whole,
 )
 from lorakit.adapters.peft_reader import Checkpoint, full_key
@@ -78,6 +81,9 @@ FAMILIES: Mapping[str, Any] = {
 }
 """PEFT type → the module of its family."""
 
+_DTYPE = ".dtype"
+"""An extra without elements, in the dtype of the family's A and B, where the form has wider tensors beside them."""
+
 _PROMPTS = "it adds virtual tokens or a side network, and changes no module's weights"
 _ROUTERS = "its router decides anew for every token, so it has no fixed form"
 _FULL_RANK = "its change of a weight has full rank, or nearly, so it has no exact low-rank form"
@@ -103,19 +109,48 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         reason = _REFUSED.get(checkpoint.peft_type, f"lorakit converts {', '.join(sorted(FAMILIES))}")
         raise UnsupportedMethodError(f"{checkpoint.source}: PEFT's {checkpoint.peft_type} is not served: {reason}.")
     # Whatever PEFT saves beside a method's own tensors is set apart, and put back in the other order.
-    without_tokens = tokens.set_apart(checkpoint, base)
-    apart = whole.set_apart(without_tokens.checkpoint, base)
-    form: AdapterForm = family.convert(apart.checkpoint, apart.base)
-    form = whole.put_back(form, apart, without_tokens.checkpoint, base)
-    return tokens.put_back(form, without_tokens, checkpoint, base)
+    resized = vocabulary.set_apart(checkpoint, base)
+    without_tokens = tokens.set_apart(resized.checkpoint, resized.base)
+    apart = whole.set_apart(without_tokens.checkpoint, resized.base)
+    own: AdapterForm = family.convert(apart.checkpoint, apart.base)
+    form = whole.put_back(own, apart, without_tokens.checkpoint, resized.base)
+    form = tokens.put_back(form, without_tokens, resized.checkpoint, resized.base)
+    form = vocabulary.put_back(form, resized, checkpoint, base)
+    if form.rank and (dtype := weight_dtype(own)) != weight_dtype(form):
+        form = dataclasses.replace(form, extras={**form.extras, _DTYPE: torch.empty(0, dtype=dtype)})
+    return form
 
 
-def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
-    """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported."""
+def restore(form: AdapterForm, base: Callable[[], BaseModel] = vocabulary.no_base) -> dict[str, torch.Tensor]:
+    """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported.
+
+    Args:
+        form: the form.
+        base: opens the base that it was converted over; called only for an adapter that adds tokens to the vocabulary.
+
+    Raises:
+        BaseModelNotFoundError: the base is needed and is not there.
+    """
     family = _family(str(form.config["peft_type"]).upper())
-    form = tokens.without(form)
+    form, copies = vocabulary.joined(form, base)
+    form = _narrowed(tokens.without(form))
     tensors = family.restore(form) if hasattr(family, "restore") else form.extras
-    return {full_key(key): tensor for key, tensor in whole.give_back(form, tensors).items()}
+    return {full_key(key): tensor for key, tensor in (whole.give_back(form, tensors) | copies).items()}
+
+
+def _narrowed(form: AdapterForm) -> AdapterForm:
+    """The form with A and B in the dtype that they had before wider tensors were stored beside them."""
+    if _DTYPE not in form.extras:
+        return form
+    dtype = form.extras[_DTYPE].dtype
+    modules = {
+        path: dataclasses.replace(module, a=module.a.to(dtype), b=module.b.to(dtype))
+        if module.a is not None and module.b is not None and torch.promote_types(module.b.dtype, dtype) != dtype
+        else module
+        for path, module in form.modules.items()
+    }
+    extras = {key: tensor for key, tensor in form.extras.items() if key != _DTYPE}
+    return dataclasses.replace(form, modules=modules, extras=extras)
 
 
 @cache

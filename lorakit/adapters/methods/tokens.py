@@ -24,7 +24,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.layout import weight_dtype
 from lorakit.adapters.methods.options import MOST_ELEMENTS, is_whole, maps_to, shown
 from lorakit.adapters.methods.parts import check_shape, module_form
 from lorakit.adapters.methods.targets import place_at
@@ -34,7 +33,7 @@ from lorakit.errors import CheckpointError, UnsupportedMethodError
 
 _OPTION = "trainable_token_indices"
 _ITEM = ".token_adapter.trainable_tokens_delta"
-# Ends the name of an extra (n, 0) that says: the last n ranks of this module are tokens. Of the dtype of all others.
+# Ends the name of an extra (n, 0) that says: the last n ranks of this module are tokens.
 _MARK = ".token_adapter.ranks"
 
 
@@ -71,8 +70,7 @@ def set_apart(checkpoint: Checkpoint, base: BaseModel) -> Apart:
         CheckpointError: trainable_token_indices cannot be meant, or rows are missing or are not of its tokens.
         ModuleNotFoundInBaseError: the base lacks the module.
     """
-    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(checkpoint.peft_type)
-    if not checkpoint.config.get(_OPTION) or config is None or not hasattr(config, _OPTION):
+    if not _has_tokens(checkpoint):
         return Apart(checkpoint, {}, {})
     wanted = _wanted(checkpoint, base)
     keys = {key: tensor for key, tensor in checkpoint.tensors.items() if key.endswith(_ITEM)}
@@ -80,6 +78,8 @@ def set_apart(checkpoint: Checkpoint, base: BaseModel) -> Apart:
     for key, tensor in keys.items():
         path = key.removesuffix(_ITEM)
         tokens = next((tokens for name, tokens in wanted.items() if path.endswith(name)), None)
+        if tokens is None and path in base.tied and _is_same(tensor, keys.get(f"{base.embedding}{_ITEM}")):
+            continue  # PEFT writes them again where it saves embeddings whole
         if tokens is None:
             raise CheckpointError(
                 f"{checkpoint.source}: there are rows for tokens of {path}, which {_OPTION} does not name, so PEFT "
@@ -101,6 +101,21 @@ def set_apart(checkpoint: Checkpoint, base: BaseModel) -> Apart:
     return Apart(left, keys, modules)
 
 
+def trained(checkpoint: Checkpoint, base: BaseModel) -> dict[str, list[int]]:
+    """Module path → the tokens whose rows it replaces there, also at modules tied to an embedding."""
+    if checkpoint.peft_type == "TRAINABLE_TOKENS":
+        value, item = checkpoint.config.get("token_indices"), _ITEM.removeprefix(".token_adapter")
+        named = [key.removesuffix(item) for key in checkpoint.tensors if key.endswith(item)]
+        wanted = {key: list(value) for key in named} if isinstance(value, list) and are_tokens(value) else {}
+    else:
+        wanted = _wanted(checkpoint, base) if _has_tokens(checkpoint) else {}
+    paths = {key.removesuffix(_ITEM) for key in checkpoint.tensors if key.endswith(_ITEM)} | wanted.keys()
+    there = {
+        path: tokens for path in paths for name, tokens in wanted.items() if path in base.places and path.endswith(name)
+    }
+    return {**dict.fromkeys(base.tied, there[base.embedding]), **there} if base.embedding in there else there
+
+
 def put_back(form: AdapterForm, apart: Apart, checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     """The form of the whole checkpoint.
 
@@ -115,12 +130,12 @@ def put_back(form: AdapterForm, apart: Apart, checkpoint: Checkpoint, base: Base
     """
     if not apart.modules:
         return form
-    modules, extras, dtype = dict(form.modules), {**form.extras, **apart.keys}, weight_dtype(form)
+    modules, extras = dict(form.modules), {**form.extras, **apart.keys}
     for path, rows in apart.modules.items():
         there = modules.get(path)
         module = changed(checkpoint, base, path, rows, factors_only=there is not None)
         modules[path] = module if there is None else _sum(checkpoint, form, path, there, module)
-        extras[path + _MARK] = torch.empty((module.rank, 0), dtype=dtype)
+        extras[path + _MARK] = torch.empty((module.rank, 0))
     config = dict(checkpoint.config)
     return dataclasses.replace(form, modules=modules, config=config, extras=extras, uses_base_weights=True)
 
@@ -138,7 +153,7 @@ def without(form: AdapterForm) -> AdapterForm:
                 continue
             a = module.a[:kept] if module.kind == "linear" else module.a[:, :kept]
             module = dataclasses.replace(module, a=a, b=module.b[:, :kept], d=None)
-        modules[path] = _narrowed(module, next(iter(marks.values())).dtype)
+        modules[path] = module
     extras = {key: tensor for key, tensor in form.extras.items() if not key.endswith(_MARK)}
     return dataclasses.replace(form, modules=modules, extras=extras)
 
@@ -225,6 +240,16 @@ def changed(
     return module_form(place, a, b, d=None if bias is None else -bias.to("cpu", torch.float32))
 
 
+def _has_tokens(checkpoint: Checkpoint) -> bool:
+    """Whether the option is set, and PEFT's class has it."""
+    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(checkpoint.peft_type)
+    return bool(checkpoint.config.get(_OPTION)) and config is not None and hasattr(config, _OPTION)
+
+
+def _is_same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and torch.equal(tensor, other)
+
+
 def _wanted(checkpoint: Checkpoint, base: BaseModel) -> dict[str, list[int]]:
     """The end of a module's path → its tokens."""
     value = checkpoint.config[_OPTION]
@@ -256,11 +281,3 @@ def _sum(checkpoint: Checkpoint, form: AdapterForm, path: str, there: ModuleForm
     assert there.a is not None and there.b is not None and added.a is not None and added.b is not None
     a = torch.cat([there.a.float(), added.a / there.scale])
     return dataclasses.replace(there, a=a, b=torch.cat([there.b.float(), added.b], dim=1), d=added.d)
-
-
-def _narrowed(module: ModuleForm, dtype: torch.dtype) -> ModuleForm:
-    """The module in a dtype, which its weights had before tokens were stored beside them."""
-    if module.b is None or torch.promote_types(module.b.dtype, dtype) == dtype:
-        return module
-    assert module.a is not None
-    return dataclasses.replace(module, a=module.a.to(dtype), b=module.b.to(dtype))

@@ -57,7 +57,7 @@ def set_apart(checkpoint: Checkpoint, base: BaseModel) -> Apart:
     Raises:
         CheckpointError: modules_to_save or bias cannot be meant, or tensors that they name are missing.
     """
-    saved = _saved(checkpoint, base)
+    saved = saved_parameters(checkpoint, base)
     biases = _biases(checkpoint, base) - saved
     if not saved and not biases:
         return Apart(_without_bias(checkpoint), base, {}, {}, {})
@@ -151,7 +151,7 @@ def _is_copy(key: str) -> bool:
     return key.endswith((".original_module.bias", ".modules_to_save.bias"))
 
 
-def _saved(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
+def saved_parameters(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The parameters of modules_to_save, found as peft.utils.other._set_trainable does: by the ends of paths."""
     names = checkpoint.config.get("modules_to_save")
     if not names:
