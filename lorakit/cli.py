@@ -165,11 +165,13 @@ def export_peft(
     bank: Bank,
     adapter: Annotated[str, typer.Argument(show_default=False)],
     out: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    base: Base = None,
 ) -> None:
     """Write an adapter of a bank back as a PEFT checkpoint."""
     from lorakit.adapters.bank import AdapterBank
 
-    make_console().print(f"wrote {AdapterBank.open(bank).export_peft(adapter, out)}", markup=False)
+    written = AdapterBank.open(bank).export_peft(adapter, out, base_model=base)
+    make_console().print(f"wrote {written}", markup=False)
 
 
 @app.command()

@@ -19,8 +19,10 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters.places import place_of
+
 FOLDER = "LORAKIT_COMPATIBILITY"
-PLACES = ("Linear", "Conv1D", "Embedding", "output", "experts", "router")
+PLACES = ("Linear", "Conv1D", "Embedding", "Norm", "output", "experts", "router")
 
 
 def served(method: str, architecture: str, places: set[str], error: float, way: str = "exact") -> None:
@@ -60,7 +62,9 @@ def places_of(base: nn.Module, paths: list[str]) -> set[str]:
     found = set()
     for path in paths:
         module = base.get_submodule(path)
-        kind = "Conv1D" if isinstance(module, Conv1D) else "Embedding" if isinstance(module, nn.Embedding) else "Linear"
+        place = place_of(module)
+        assert place is not None, f"{path} was served"
+        kind = "Conv1D" if isinstance(module, Conv1D) else place.kind.title()
         found.add("output" if module is output else kind)
     return found
 

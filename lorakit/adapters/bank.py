@@ -32,6 +32,7 @@ from lorakit.adapters.sharing import Sharing
 from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedError, BankError
 
 if TYPE_CHECKING:
+    from lorakit.adapters.base import BaseModel
     from lorakit.adapters.peft_reader import Source
 
 FormItem = tuple[str, AdapterForm | Callable[[], AdapterForm], str]
@@ -416,8 +417,6 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             BankError: the bank's index is damaged, or the folder cannot be written.
         """
         # Only here, as in `export_peft`.
-        from lorakit.adapters import fingerprint
-        from lorakit.adapters.base import BaseModel
         from lorakit.adapters.choices import choices_of
         from lorakit.adapters.convert import convert
         from lorakit.adapters.peft_reader import describe
@@ -426,9 +425,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         self.reload()  # another process may have removed what was in the way
         for name in sources:
             _check_new(name, set(), self._folder.index, overwrite)
-        architecture = str(self.fingerprint.get("architecture") or "") or None
-        base = BaseModel.of(self.base_id if base_model is None else base_model, architecture=architecture)
-        fingerprint.check(base, self.fingerprint, owner=f"the bank {str(self.path)!r}")
+        base = self._base(base_model)
         items = [
             (name, partial(convert, name, source, base, dtype, choices[name], check_finite=False), describe(source))
             for name, source in sources.items()
@@ -536,12 +533,20 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                     self._folder.replace_index(index.changed(adapters, shards))
         return _file_bytes(index.shards) - _file_bytes(self._folder.index.shards)
 
-    def export_peft(self, name: str, out_dir: str | os.PathLike[str]) -> Path:
+    def export_peft(
+        self,
+        name: str,
+        out_dir: str | os.PathLike[str],
+        *,
+        base_model: str | os.PathLike[str] | nn.Module | None = None,
+    ) -> Path:
         """Writes an adapter as a PEFT checkpoint, which appears whole or not at all.
 
         Args:
             name: the adapter.
             out_dir: a folder that is empty or not there yet.
+            base_model: its base, which only an adapter that adds tokens to the vocabulary needs; None: the one that
+                the bank names.
 
         Returns:
             The folder.
@@ -550,6 +555,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             AdapterNotFoundError: no such adapter.
             BankCorruptedError: its shard is missing or too short.
             BankError: out_dir is not empty or cannot be written.
+            BaseModelNotFoundError, BaseModelMismatchError: the base is needed, and is not there or is not the bank's.
         """
         # Only here: it imports PEFT, which takes seconds, and opening a bank should not wait for that.
         from lorakit.adapters.peft_writer import write_checkpoint
@@ -558,8 +564,19 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         self[name]
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BankError(f"{str(out)!r} is there already and not empty: choose another folder, or delete it.")
-        write_checkpoint(self.form(name), out)
+        write_checkpoint(self.form(name), out, partial(self._base, base_model))
         return out
+
+    def _base(self, base_model: str | os.PathLike[str] | nn.Module | None) -> BaseModel:
+        """The bank's base, checked."""
+        # Only here, as in `export_peft`.
+        from lorakit.adapters import fingerprint
+        from lorakit.adapters.base import BaseModel
+
+        architecture = str(self.fingerprint.get("architecture") or "") or None
+        base = BaseModel.of(self.base_id if base_model is None else base_model, architecture=architecture)
+        fingerprint.check(base, self.fingerprint, owner=f"the bank {str(self.path)!r}")
+        return base
 
 
 def _check_new(name: str, taken: set[str], index: Index | None, overwrite: bool) -> None:

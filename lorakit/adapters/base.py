@@ -7,6 +7,7 @@ name, over a skeleton on the meta device. Knows transformers' checkpoints; knows
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,6 +68,9 @@ class BaseModel:
         all_linear: the paths that PEFT means by target_modules="all-linear": every linear but the output's.
         classifier: the path of the head that it leaves out too for the task type "SEQ_CLS"; None where there is none.
         quantisation: how its weights were quantised, as `quantised.quantisation` names it.
+        embedding: the path of the input embedding, or None where the model names none.
+        output: the path of the output layer, or None where the model names none.
+        tied: the paths of the other modules whose weight is the input embedding's, if the model's config ties them.
     """
 
     def __init__(self, model: nn.Module, weights: _Weights, base_id: str) -> None:
@@ -74,10 +78,12 @@ class BaseModel:
         self.architecture = type(model).__name__
         self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         self.is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self.places: Mapping[str, Place] = places(model)
+        self.places: dict[str, Place] = places(model)
         self.parameter_places: Mapping[str, Place] = parameter_places(model)
         self.all_linear = _all_linear(model)
         self.classifier = _classifier(model)
+        self.embedding, self.tied = _tied(model)
+        self.output = _path_of(model, "get_output_embeddings")
         self.quantisation = quantisation(model)
         self.parameters = {name: tuple(p.shape) for name, p in _base_parameters(model)}
         self._weights = weights
@@ -132,6 +138,26 @@ class BaseModel:
             return self
         other = copy.copy(self)
         other._weights = _ReplacedWeights(self._weights, parameters)
+        return other
+
+    def with_rows(self, weights: Mapping[str, torch.Tensor]) -> BaseModel:
+        """The same base with more rows at some modules.
+
+        Args:
+            weights: path of an embedding or an output layer → its weight (V + k, D).
+        """
+        other = self.with_parameters({f"{path}.weight": weight for path, weight in weights.items()})
+        if weights:
+            other.places, other.parameters = dict(self.places), dict(self.parameters)
+        for path, weight in weights.items():
+            place = self.places[path]
+            rows = weight.shape[0]
+            other.places[path] = (
+                dataclasses.replace(place, in_features=rows)
+                if place.kind == "embedding"
+                else dataclasses.replace(place, out_features=rows)
+            )
+            other.parameters[f"{path}.weight"] = tuple(weight.shape)
         return other
 
     def parameter(self, name: str) -> torch.Tensor | None:
@@ -314,6 +340,31 @@ def _output(model: nn.Module) -> nn.Module | None:
     get_output = getattr(model, "get_output_embeddings", None)
     output: nn.Module | None = get_output() if callable(get_output) else None
     return output
+
+
+def _tied(model: nn.Module) -> tuple[str | None, frozenset[str]]:
+    """`BaseModel.embedding` and `BaseModel.tied` (peft.utils.other._get_module_names_tied_with_embedding)."""
+    path = _path_of(model, "get_input_embeddings")
+    if path is None:
+        return None, frozenset()
+    modules = dict(base_modules(model))
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) is not True:
+        return path, frozenset()
+    weight = getattr(modules[path], "weight", None)
+    same = {other for other, module in modules.items() if getattr(module, "weight", None) is weight}
+    return path, frozenset(same - {path}) if weight is not None else frozenset()
+
+
+def _path_of(model: nn.Module, getter: str) -> str | None:
+    """The path of the module that one of transformers' getters gives."""
+    get = getattr(model, getter, None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:
+        return None
+    inner = getattr(found, "get_base_layer", None)
+    found = inner() if callable(inner) else found
+    return None if found is None else next((path for path, one in base_modules(model) if one is found), None)
 
 
 def _refuse_changed(model: nn.Module) -> None:

@@ -12,6 +12,11 @@ Where an adapter brings a whole weight w of its own, such as a classifier's, wha
 
     y = w x + d
 
+Tokens that it adds to the base's vocabulary have rows t of their own, at an embedding and at the output layer, whose
+output grows by as many logits:
+
+    y[V + j] = t[j] x
+
 Knows tensors; knows no file, no PEFT key, no device.
 """
 
@@ -29,7 +34,7 @@ from lorakit.errors import NonFiniteWeightsError
 
 Kind = Literal["linear", "embedding", "norm", "experts", "router"]
 
-WEIGHTS = ("a", "b", "w")
+WEIGHTS = ("a", "b", "w", "t")
 VECTORS = ("c", "d")
 ITEMS = WEIGHTS + VECTORS
 """The names of a module's tensors: matrices, which may be kept in 16 bits, and fp32 vectors."""
@@ -52,6 +57,8 @@ class ModuleForm:
         d: (out,) fp32, or None for zeros, as it is for experts.
         w: a whole weight, (out, in), an embedding's (in, out) as `nn.Embedding` has it; None for the base's. It comes
             without A, B and c, and a scale of 1.
+        t: (k, out) for an embedding, (k, in) for an output layer: the rows of the ids after the base's last. They are
+            whole: A, B, c, d and w act on the base's ids alone. None where it adds none.
     """
 
     kind: Kind
@@ -63,6 +70,12 @@ class ModuleForm:
     c: torch.Tensor | None = None
     d: torch.Tensor | None = None
     w: torch.Tensor | None = None
+    t: torch.Tensor | None = None
+
+    @property
+    def added(self) -> int:
+        """k, the tokens that it adds."""
+        return 0 if self.t is None else self.t.shape[0]
 
     @property
     def rank(self) -> int:
@@ -84,7 +97,7 @@ class ModuleForm:
     def __post_init__(self) -> None:
         assert (self.a is None) == (self.b is None), "A and B come together"
         assert self.w is None or (self.b is None and self.c is None and self.scale == 1), "w takes the product's place"
-        assert self.kind != "norm" or (self.b is None and self.w is None), "a norm takes c and d alone"
+        assert self.kind != "norm" or (self.b is None and self.w is None and self.t is None), "a norm takes c and d"
         r = self.rank
         each = (self.experts,) if self.kind == "experts" else ()
         embedding = self.kind == "embedding"
@@ -92,6 +105,7 @@ class ModuleForm:
             "a": (self.in_features, r) if embedding else (*each, r, self.in_features),
             "b": (*each, self.out_features, r),
             "w": (self.in_features, self.out_features) if embedding else (self.out_features, self.in_features),
+            "t": (self.added, self.out_features if embedding else self.in_features),
             "c": (self.out_features,),
             "d": (self.out_features,),
         }

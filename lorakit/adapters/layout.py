@@ -89,6 +89,8 @@ class ModuleLayout:
         d: d's, or None; d is (out,).
         w: w's first element in the weights region, or None; w is (out, in), for an embedding (in, out).
         experts: E; 1 for what is no parameter of experts.
+        t: t's, or None; t is (added, in), for an embedding (added, out).
+        added: the tokens that it adds to the vocabulary; 0 without t.
     """
 
     path: str
@@ -103,9 +105,11 @@ class ModuleLayout:
     d: int | None = None
     w: int | None = None
     experts: int = 1
+    t: int | None = None
+    added: int = 0
 
     def weights(self) -> Iterator[Span]:
-        """A, B and w, where there are any."""
+        """A, B, w and t, where there are any."""
         if self.a is not None and self.b is not None:
             each = (self.experts,) if self.kind == "experts" else ()
             shape = (self.in_features, self.rank) if self.kind == "embedding" else (self.rank, self.in_features)
@@ -114,6 +118,9 @@ class ModuleLayout:
         if self.w is not None:
             linear = self.out_features, self.in_features
             yield Span(self.path, "w", self.w, linear[::-1] if self.kind == "embedding" else linear)
+        if self.t is not None:
+            width = self.out_features if self.kind == "embedding" else self.in_features
+            yield Span(self.path, "t", self.t, (self.added, width))
 
     def vectors(self) -> Iterator[Span]:
         """C and d, where there are any."""
@@ -127,7 +134,8 @@ class ModuleLayout:
         sizes = {"path": self.path, "kind": self.kind, "in": self.in_features, "out": self.out_features}
         places = {item: getattr(self, item) for item in ITEMS if getattr(self, item) is not None}
         experts = {"experts": self.experts} if self.kind == "experts" else {}
-        return {**sizes, **experts, "rank": self.rank, "scale": self.scale, **places}
+        added = {"added": self.added} if self.added else {}
+        return {**sizes, **experts, "rank": self.rank, "scale": self.scale, **places, **added}
 
     @classmethod
     def from_json(cls, value: object, where: str) -> ModuleLayout:
@@ -148,7 +156,9 @@ class ModuleLayout:
             raise BankError(f"{where} should have both a and b, or neither and rank 0")
         if "w" in places and places.keys() & {"a", "c"}:
             raise BankError(f"{where} has a w, which takes the place of a, b and c")
-        if kind == "norm" and places.keys() & {"a", "w"}:
+        if ("t" in places) != ("added" in fields.value):
+            raise BankError(f"{where} should have both t and added, or neither")
+        if kind == "norm" and places.keys() & {"a", "w", "t"}:
             raise BankError(f"{where} is a norm, which has only c and d")
         if kind == "experts" and places.keys() != {"a", "b"}:
             raise BankError(f"{where} is of experts, and should have a and b alone")
@@ -165,6 +175,8 @@ class ModuleLayout:
             d=places.get("d"),
             w=places.get("w"),
             experts=fields.count("experts", least=1, limit=_FEATURES_LIMIT) if kind == "experts" else 1,
+            t=places.get("t"),
+            added=fields.count("added", least=1, limit=_FEATURES_LIMIT) if "t" in places else 0,
         )
 
 
@@ -184,7 +196,7 @@ class Layout:
 
     @classmethod
     def of(cls, form: AdapterForm) -> Layout:
-        """The layout that a form is packed by: modules in natural order of their paths, each A, B, w and each c, d."""
+        """The layout that a form is packed by: modules in natural order of paths, each A, B, w, t and each c, d."""
         modules = []
         weights = vectors = 0
         for path in sorted(form.modules, key=natural_key):
@@ -211,6 +223,8 @@ class Layout:
                     d=places.get("d"),
                     w=places.get("w"),
                     experts=module.experts,
+                    t=places.get("t"),
+                    added=module.added,
                 )
             )
         return cls(tuple(modules), weights, vectors)
@@ -272,6 +286,7 @@ class Layout:
                 c=tensors.get("c"),
                 d=tensors.get("d"),
                 w=tensors.get("w"),
+                t=tensors.get("t"),
             )
         return forms
 

@@ -171,9 +171,10 @@ class Recipe:
                         f"{path} has rank {module.rank} in adapter {name!r} and {other.rank} in {first!r}, and "
                         f"combination {self.combination!r} needs equal ones; use 'cat' or 'svd'."
                     )
-            if self._applied in _ON_FACTORS and adapter.method not in _PLAIN and len(adapters) > 1:
+            method = "trainable_token_indices" if adapter.config.get("trainable_token_indices") else adapter.method
+            if self._applied in _ON_FACTORS and method not in _PLAIN and len(adapters) > 1:
                 raise UnsupportedMethodError(
-                    f"adapter {name!r} is of the method {adapter.method!r}, whose factors at {_shapes(adapter)[0][0]} "
+                    f"adapter {name!r} is of the method {method!r}, whose factors at {_shapes(adapter)[0][0]} "
                     f"and elsewhere are no LoRA's, as combination {self.combination!r} needs them; use 'cat' or 'svd'."
                 )
         if biased and embedding:
@@ -192,6 +193,11 @@ class Recipe:
             raise UnsupportedMethodError(
                 f"adapter {name!r} scales the channels of {path}, as DoRA and IA3 do, so the sum would be no plain "
                 "LoRA; leave it out of the weights."
+            )
+        if module.added:
+            raise UnsupportedMethodError(
+                f"adapter {name!r} adds tokens to the vocabulary at {path}, so the sum would be no plain LoRA; leave "
+                "it out of the weights."
             )
         if not module.rank:
             raise UnsupportedMethodError(

@@ -21,6 +21,7 @@ from lorakit.errors import AdapterIdsError
 
 if TYPE_CHECKING:
     from lorakit.runtime.rows import Rows
+    from lorakit.runtime.vocabulary import AddedTokens
 
 
 class Batch(Protocol):
@@ -34,6 +35,10 @@ class Batch(Protocol):
     def paths(self) -> Collection[str]:
         """The modules that some row's adapter touches."""
 
+    @property
+    def added(self) -> AddedTokens:
+        """The tokens that adapters add to the vocabulary."""
+
     def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Adds the adapters' share at a module.
 
@@ -43,7 +48,7 @@ class Batch(Protocol):
             x: (..., in), what it was given, or (...) ids; both row-major over the batch's rows.
 
         Returns:
-            (..., out), in y's dtype.
+            (..., out), in y's dtype; an output layer's with the logits of added tokens behind.
         """
 
 
@@ -54,6 +59,7 @@ class AdaptedModule:
         path: the module's path.
         kind: what the module computes.
         embedding: whether the module is given ids.
+        vocabulary: of an embedding or an output layer, how many tokens the base has.
         module: the module itself.
         base: its forward without this model's adapters.
         batch: the batch now in the model, if one of its adapters touches this module.
@@ -66,7 +72,10 @@ class AdaptedModule:
         place = place_of(module)
         assert place is not None, f"{path} was exported, so it can carry an adapter"
         self._take(path, module, place.kind)
+        self.vocabulary = place.in_features if self.embedding else place.out_features
         module.register_forward_hook(self._add, with_kwargs=True)
+        if self.embedding:
+            module.register_forward_pre_hook(self._clamp, with_kwargs=True)
 
     def _take(self, path: str, module: nn.Module, kind: Kind) -> None:
         self.path = path
@@ -75,6 +84,7 @@ class AdaptedModule:
         self.embedding = kind == "embedding"
         self.base: Callable[..., torch.Tensor] = module.forward
         self.module = module
+        self._ids: torch.Tensor | None = None
 
     def serve_with(self, forward: Callable[..., torch.Tensor]) -> None:
         """Puts another forward in the place of the module's, which stays callable as `base`."""
@@ -101,7 +111,21 @@ class AdaptedModule:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
         self.check_rows(x, batch.rows)
-        return batch.add(self, y, x)
+        y = batch.add(self, y, x)
+        ids, self._ids = self._ids, None
+        return y if ids is None else batch.added.embed(self, y, ids)
+
+    def _clamp(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Gives an embedding ids that it has, and keeps those that adapters added."""
+        self._ids = None
+        if self.batch is None or self.path not in self.batch.added:
+            return None
+        self._ids = args[0] if args else next(iter(kwargs.values()))
+        assert self._ids is not None
+        clamped = self._ids.clamp(max=self.vocabulary - 1)
+        return ((clamped, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): clamped})
 
     def check_rows(self, x: torch.Tensor, rows: Rows) -> None:
         """Refuses an input that cannot hold the same number of tokens for each of the batch's rows.

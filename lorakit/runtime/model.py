@@ -34,6 +34,7 @@ from lorakit.errors import (
     AdapterExistsError,
     AdapterIdsError,
     AdapterNotFoundError,
+    BankError,
     BaseModelMismatchError,
     BaseModelNotFoundError,
     ConfigError,
@@ -54,6 +55,7 @@ from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
 from lorakit.runtime.table import AddressTable
 from lorakit.runtime.towers import Towers, has_towers, tower_paths, towers_of
+from lorakit.runtime.vocabulary import AddedTokens, LogitsMask, check_ids
 
 AdapterIds: TypeAlias = str | Sequence[str | None] | None
 AloraOffsets: TypeAlias = Sequence[int | None] | None
@@ -132,9 +134,10 @@ class MultiLoraModel(nn.Module):
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._last: _Formed | None = None
-        self._active: list[AdaptedModule | AdaptedParameter | Siblings] = []
+        self._active: list[AdaptedModule | AdaptedParameter | Siblings | LogitsMask] = []
         self._generation: Generation | None = None
         self._multimodal = has_towers(model)
+        self._mask: LogitsMask | None = None
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
@@ -316,6 +319,7 @@ class MultiLoraModel(nn.Module):
                 yield
                 return
             with self._pool.hold(slot for slot in slots if slot is not None):
+                check_ids(slots, args, kwargs)
                 towers = self._towers(ids, slots, args, kwargs)
                 if not any(starts):
                     with self._serving(towers.beside(Rows(together(slots)))):
@@ -384,6 +388,8 @@ class MultiLoraModel(nn.Module):
                 stack.enter_context(
                     self._joined(batch) if isinstance(batch, Routing) else self._attached(batch, batch.paths)
                 )
+                if batch.added.at_output:
+                    stack.enter_context(self._masked(batch))
             try:
                 yield
             finally:
@@ -421,6 +427,17 @@ class MultiLoraModel(nn.Module):
                 group.forget()
             for group in self._finder.found():
                 self._siblings |= {module.path: group for module in group.modules}
+
+    @contextmanager
+    def _masked(self, batch: Batch) -> Iterator[None]:
+        """Keeps rows from the tokens that other rows' adapters add."""
+        self._mask = self._mask or LogitsMask(self.model)
+        self._active = [*self._active, self._mask]
+        self._mask.batch = batch
+        try:
+            yield
+        finally:
+            self._mask.batch = None
 
     def _towers(
         self, ids: Sequence[str | None], slots: tuple[Slot | None, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -471,7 +488,8 @@ class MultiLoraModel(nn.Module):
         # Kernels read an adapter where the pool has it, so no module may compute on another device.
         modules = [self._adapted[path] for path in rows.touched]
         if kernels and all(module.device == self._pool.device and module.aligned for module in modules):
-            return Routing(rows, self._table, self._finder, device=self.device)
+            added = AddedTokens(rows, self._adapted)
+            return Routing(rows, self._table, self._finder, added, device=self.device)
         return Stacking(rows, self._adapted, dtype=torch.promote_types(self.dtype, torch.float32))
 
     def _ids(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, ...]:
@@ -571,7 +589,14 @@ class MultiLoraModel(nn.Module):
 
     def _adapt(self, rows: Rows) -> None:
         """Hooks the modules that these rows' adapters touch and that have no hook yet."""
-        kinds = {module.path: module.kind for slot in rows.used for module in slot.layout.modules}
+        kinds = {}
+        for module in (module for slot in rows.used for module in slot.layout.modules):
+            kinds[module.path] = module.kind
+            if module.added and module.kind == "linear" and module.path != self._base.output:
+                raise BankError(
+                    f"an adapter adds tokens to the vocabulary at {module.path}, which is no output layer: its bank is "
+                    "not lorakit's, or is damaged."
+                )
         for path in rows.touched:
             kind = kinds[path]
             owner = path.rpartition(".")[0] if kind in ("experts", "router") else path

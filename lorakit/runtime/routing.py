@@ -17,6 +17,7 @@ from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.rows import Rows
 from lorakit.runtime.siblings import SiblingFinder
 from lorakit.runtime.table import AddressTable
+from lorakit.runtime.vocabulary import AddedTokens
 
 
 class _ExpertTable(NamedTuple):
@@ -33,15 +34,19 @@ class Routing:
     Attributes:
         rows: the rows, and the slot of each.
         paths: the modules that some row's adapter touches.
+        added: the tokens that adapters add to the vocabulary.
     """
 
-    def __init__(self, rows: Rows, table: AddressTable, finder: SiblingFinder, *, device: torch.device) -> None:
+    def __init__(
+        self, rows: Rows, table: AddressTable, finder: SiblingFinder, added: AddedTokens, *, device: torch.device
+    ) -> None:
         """Makes the plan.
 
         Args:
             rows: their slots are held until the batch is done.
             table: the addresses; rows that are out of date are written.
             finder: is told of modules that are called alone.
+            added: the tokens that adapters add to the vocabulary.
             device: where the model computes.
         """
         self.rows = rows
@@ -49,6 +54,7 @@ class Routing:
         used = rows.used
         self._table = table
         self._finder = finder
+        self.added = added
         self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in used))
         self._max_rank = _tiled(max((slot.layout.ranks[-1] for slot in used), default=0))
         # Modules for which some row's adapter brings a whole weight.
@@ -89,7 +95,7 @@ class Routing:
         else:
             self._expand([module], [y], self._shrink([module], x))
         self._replace(module, y, x)
-        return y
+        return self._widened(module, y, x)
 
     def forward(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of siblings. See `siblings.GroupBatch`."""
@@ -99,7 +105,10 @@ class Routing:
         self._expand(modules, ys, self._shrink(modules, x))
         for module, y in zip(modules, ys, strict=True):
             self._replace(module, y, x)
-        return ys
+        return [self._widened(module, y, x) for module, y in zip(modules, ys, strict=True)]
+
+    def _widened(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.added.widen(module, y, x) if module.path in self.added and not module.embedding else y
 
     def _look_up(self, module: AdaptedModule, ids: torch.Tensor) -> list[torch.Tensor]:
         column = self._columns[module.path]

@@ -18,6 +18,7 @@ from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.ops import Stack, Whole, replaced, stacked_lora
 from lorakit.runtime.pool import Slot
 from lorakit.runtime.rows import Rows
+from lorakit.runtime.vocabulary import AddedTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,7 @@ class Stacking:
     Attributes:
         rows: the rows, and the slot of each.
         paths: the modules, and parameters of experts, that some row's adapter touches.
+        added: the tokens that adapters add to the vocabulary.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Stacking:
         """
         self.rows = rows
         self.paths: Collection[str] = rows.touched
+        self.added = AddedTokens(rows, modules)
         self._segments = segments = segments_of(rows.slots)
         self._dtype = dtype
         stacker = _Stacker(len(rows.slots), dtype)
@@ -97,7 +100,7 @@ class Stacking:
             y = stacked_lora(y, x, stack, embedding=module.embedding)
         for whole in self._wholes[module.path]:
             y = replaced(y, x, whole, embedding=module.embedding)
-        return y
+        return self.added.widen(module, y, x) if module.path in self.added and not module.embedding else y
 
     def route(self, pairs: Pairs) -> list[ExpertSegment]:
         """Groups pairs by adapter and expert. See `experts.ExpertsBatch`."""
@@ -137,7 +140,7 @@ def _groups(segments: Sequence[Segment], path: str) -> list[list[Segment]]:
     groups: dict[tuple[int, bool, bool, int], list[Segment]] = defaultdict(list)
     for segment in segments:
         module = segment.slot.modules.get(path)
-        if module is not None and module.w is None:
+        if module is not None and any(item in "abcd" for item, _ in module.tensors()) and module.w is None:
             size = (len(segment.rows) - 1).bit_length()
             groups[module.rank, module.c is None, module.d is None, size].append(segment)
     return list(groups.values())

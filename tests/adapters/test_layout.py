@@ -10,7 +10,7 @@ from forms import assert_same_form, lora_form, module_form, odd_form, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.adapters.form import AdapterForm
+from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.layout import ALIGNMENT, Extent, Layout, natural_key, weight_dtype
 from lorakit.errors import BankError
 
@@ -121,6 +121,8 @@ def test_json_round_trip(seed: int) -> None:
         ("b", 0),
         ("b", None),
         ("c", 0),
+        ("t", 0),
+        ("added", 3),
     ],
 )
 def test_wrong_modules_are_refused(field: str, value: object) -> None:
@@ -128,6 +130,26 @@ def test_wrong_modules_are_refused(field: str, value: object) -> None:
     layout["modules"][1][field] = value
     with pytest.raises(BankError, match="layout"):
         Layout.from_json(layout)
+
+
+def test_rows_of_added_tokens_lie_behind_the_factors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    modules = {
+        "embed": ModuleForm("embedding", 20, 8, t=torch.randn(3, 8, generator=generator)),
+        "head": replace(
+            module_form(generator, in_features=8, out_features=20), t=torch.randn(3, 8, generator=generator)
+        ),
+    }
+    form = AdapterForm("lora", modules, {})
+    layout = Layout.of(form)
+    assert Layout.from_json(layout.to_json()) == layout
+    assert [module.added for module in layout.modules] == [3, 3]
+    assert_same_form(AdapterForm("lora", layout.views(*layout.pack(form, torch.float32)), {}), form)
+    for change in ({"added": 0}, {"added": None}, {"added": 1 << 39}, {"t": 1 << 40}, {"kind": "norm"}):
+        wrong = layout.to_json()
+        wrong["modules"][0] |= change
+        with pytest.raises(BankError, match="layout"):
+            Layout.from_json(wrong)
 
 
 def test_wrong_layouts_are_refused() -> None:

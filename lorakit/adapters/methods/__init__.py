@@ -13,7 +13,8 @@ group "lorakit.methods", named as the PEFT type is, whose object has these funct
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.choices import NONE, Choices
 from lorakit.adapters.form import AdapterForm
+from lorakit.adapters.layout import weight_dtype
 from lorakit.adapters.methods import (
     adalora,
     adamss,
@@ -34,6 +36,7 @@ from lorakit.adapters.methods import (
     gralora,
     hra,
     ia3,
+    ln_tuning,
     loha,
     lokr,
     lora,
@@ -43,9 +46,12 @@ from lorakit.adapters.methods import (
     psoft,
     pvera,
     tinylora,
+    tokens,
+    trainable_tokens,
     unilora,
     vblora,
     vera,
+    vocabulary,
     whole,
 )
 from lorakit.adapters.peft_reader import Checkpoint, full_key
@@ -61,6 +67,7 @@ FAMILIES: Mapping[str, Any] = {
     "GRALORA": gralora,
     "HRA": hra,
     "IA3": ia3,
+    "LN_TUNING": ln_tuning,
     "LOHA": loha,
     "LOKR": lokr,
     "LORA": lora,
@@ -70,6 +77,7 @@ FAMILIES: Mapping[str, Any] = {
     "PSOFT": psoft,
     "PVERA": pvera,
     "TINYLORA": tinylora,
+    "TRAINABLE_TOKENS": trainable_tokens,
     "UNILORA": unilora,
     "VBLORA": vblora,
     "VERA": vera,
@@ -77,16 +85,17 @@ FAMILIES: Mapping[str, Any] = {
 }
 """PEFT type → the module of its family."""
 
+_DTYPE = ".dtype"
+"""An extra without elements, in the dtype of the family's A and B, where the form has wider tensors beside them."""
+
 _PROMPTS = "it adds virtual tokens or a side network, and changes no module's weights"
 _ROUTERS = "its router decides anew for every token, so it has no fixed form"
-_WHOLE = "it replaces whole tensors of the base, which all tenants share"
 _REFUSED = {
     **dict.fromkeys(
         ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"], _PROMPTS
     ),
     **dict.fromkeys(["ADAPTION_PROMPT", "SHADOW"], _PROMPTS),
     **dict.fromkeys(["XLORA", "LILY"], _ROUTERS),
-    **dict.fromkeys(["LN_TUNING", "TRAINABLE_TOKENS"], _WHOLE),
 }
 
 
@@ -113,17 +122,50 @@ def convert(checkpoint: Checkpoint, base: BaseModel, choices: Choices = NONE) ->
             f"{checkpoint.source}: task_id={choices.task_id} was chosen, but a {checkpoint.peft_type} has no tasks; "
             "leave it out."
         )
-    apart = whole.set_apart(checkpoint, base)
+    # Whatever PEFT saves beside a method's own tensors is set apart, and put back in the other order.
+    resized = vocabulary.set_apart(checkpoint, base)
+    without_tokens = tokens.set_apart(resized.checkpoint, resized.base)
+    apart = whole.set_apart(without_tokens.checkpoint, resized.base)
     chosen = {name: getattr(choices, name) for name in taken}
-    form: AdapterForm = family.convert(apart.checkpoint, apart.base, **chosen)
-    return whole.put_back(form, apart, checkpoint, base)
+    own: AdapterForm = family.convert(apart.checkpoint, apart.base, **chosen)
+    form = whole.put_back(own, apart, without_tokens.checkpoint, resized.base)
+    form = tokens.put_back(form, without_tokens, resized.checkpoint, resized.base)
+    form = vocabulary.put_back(form, resized, checkpoint, base)
+    if form.rank and (dtype := weight_dtype(own)) != weight_dtype(form):
+        form = dataclasses.replace(form, extras={**form.extras, _DTYPE: torch.empty(0, dtype=dtype)})
+    return form
 
 
-def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
-    """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported, without copies of the base."""
+def restore(form: AdapterForm, base: Callable[[], BaseModel] = vocabulary.no_base) -> dict[str, torch.Tensor]:
+    """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported, without copies of the base.
+
+    Args:
+        form: the form.
+        base: opens the base that it was converted over; called only for an adapter that adds tokens to the vocabulary.
+
+    Raises:
+        BaseModelNotFoundError: the base is needed and is not there.
+    """
     family = _family(str(form.config["peft_type"]).upper())
+    form, copies = vocabulary.joined(form, base)
+    form = _narrowed(tokens.without(form))
     tensors = family.restore(form) if hasattr(family, "restore") else form.extras
-    return {full_key(key): tensor for key, tensor in whole.give_back(form, tensors).items()}
+    return {full_key(key): tensor for key, tensor in (whole.give_back(form, tensors) | copies).items()}
+
+
+def _narrowed(form: AdapterForm) -> AdapterForm:
+    """The form with A and B in the dtype that they had before wider tensors were stored beside them."""
+    if _DTYPE not in form.extras:
+        return form
+    dtype = form.extras[_DTYPE].dtype
+    modules = {
+        path: dataclasses.replace(module, a=module.a.to(dtype), b=module.b.to(dtype))
+        if module.a is not None and module.b is not None and torch.promote_types(module.b.dtype, dtype) != dtype
+        else module
+        for path, module in form.modules.items()
+    }
+    extras = {key: tensor for key, tensor in form.extras.items() if key != _DTYPE}
+    return dataclasses.replace(form, modules=modules, extras=extras)
 
 
 @cache

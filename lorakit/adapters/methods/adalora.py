@@ -21,7 +21,7 @@ from peft import AdaLoraConfig
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods.linears import linear_at, tensors_at
-from lorakit.adapters.methods.options import WHOLE_TENSORS, Option, check_config, is_flag, maps_to, number, rank, shown
+from lorakit.adapters.methods.options import Option, check_config, is_flag, maps_to, number, rank, shown
 from lorakit.adapters.methods.parts import module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import CheckpointError, UnsupportedMethodError
@@ -30,7 +30,6 @@ _ITEMS = ("lora_A", "lora_B", "lora_E")
 _EPSILON = 1e-5  # PEFT's guard against a rank of zero, which it adds to every rank
 _LORAS = "it is an option of LoRA that has no meaning for AdaLoRA"
 _REFUSED = {
-    **WHOLE_TENSORS,
     **dict.fromkeys(
         "use_dora use_qalora use_bdlora kasa_config arrow_config alora_invocation_tokens loftq_config "
         "velora_config monteclora_config eva_config corda_config lora_ga_config".split(),

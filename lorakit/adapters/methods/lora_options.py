@@ -15,7 +15,6 @@ from lorakit.adapters.methods.options import (
     ALPHA_PATTERN,
     RANK_PATTERN,
     TARGETS,
-    WHOLE_TENSORS,
     Option,
     are_names,
     check_config,
@@ -31,7 +30,6 @@ from lorakit.errors import UnsupportedMethodError
 
 # Options that change what the adapter computes, and why they are refused.
 _REFUSED = {
-    **WHOLE_TENSORS,
     "arrow_config": "its router chooses among adapters for every token",
     "layer_replication": "it changes the base's layers, which all tenants share",
     "megatron_config": "its layers are Megatron's, not transformers'",

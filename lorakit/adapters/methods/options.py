@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,11 +26,6 @@ COMMON = frozenset(
 
 MOST_ELEMENTS = 1 << 30
 """No tensor that a conversion makes from options alone is larger."""
-
-WHOLE_TENSORS = {
-    "trainable_token_indices": "replaced embedding rows are not part of a low-rank form",
-}
-"""Options of several methods that are refused, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +117,7 @@ def check_config(
     options: Iterable[Option],
     *,
     harmless: str = "",
-    refused: Mapping[str, str] = WHOLE_TENSORS,
+    refused: Mapping[str, str] = MappingProxyType({}),
     empty: Collection[str] = (),
     targets: Iterable[Option] = TARGETS,
 ) -> None:

@@ -18,6 +18,9 @@ from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
 from lorakit.errors import CheckpointError, ShapeMismatchError
 
+_WRAPPERS = ("base_layer", "token_adapter", "ln_tuning_layers")
+"""Attributes of PEFT's layers that hold a module of the base, or a copy of it."""
+
 
 class Parts(NamedTuple):
     """A checkpoint's tensors.
@@ -156,9 +159,16 @@ def module_form(
     )
 
 
+def parameter_of(key: str) -> str:
+    """The base's parameter that a key stands for, if it is of a whole tensor: without what PEFT puts around modules."""
+    for wrapper in _WRAPPERS:
+        key = key.replace(f".{wrapper}.", ".")
+    return key
+
+
 def _is_base_copy(key: str, tensor: torch.Tensor, base: BaseModel) -> bool:
     """PEFT writes whole embeddings beside an adapter on them; unchanged copies say nothing that the base does not."""
-    weight = base.parameter(key.replace(".base_layer.", "."))
+    weight = base.parameter(parameter_of(key))
     if weight is None or weight.shape != tensor.shape:
         return False
     weight = weight.to(tensor.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +71,11 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
 
 def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The places that PEFT would adapt: of norms none, whatever a pattern matches."""
+    return matches(checkpoint, base, [path for path, place in base.places.items() if place.kind != "norm"])
+
+
+def matches(checkpoint: Checkpoint, base: BaseModel, paths: Iterable[str]) -> frozenset[str]:
+    """Those of the paths that target_modules names, and what narrows it leaves."""
     config = checkpoint.config
     targets = config.get("target_modules")
     if targets is None:  # target_parameters names all there is
@@ -83,11 +88,7 @@ def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
         target_modules=targets, target_parameters=None, **{field: config.get(field) for field in fields}
     )
     try:
-        return frozenset(
-            path
-            for path, place in base.places.items()
-            if place.kind != "norm" and check_target_module_exists(matcher, path)
-        )
+        return frozenset(path for path in paths if check_target_module_exists(matcher, path))
     except PATTERN_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint.source}: a pattern in target_modules, exclude_modules or layers_pattern is no regular "

@@ -22,7 +22,7 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods import seeded
 from lorakit.adapters.methods.linears import linear_at, tensors_at
-from lorakit.adapters.methods.options import WHOLE_TENSORS, check_config, check_size, flag, rank
+from lorakit.adapters.methods.options import check_config, check_size, flag, rank
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
@@ -69,7 +69,7 @@ def convert_as(kind: Kind, checkpoint: Checkpoint, base: BaseModel) -> AdapterFo
         kind.config,
         [rank("r"), flag("save_projection"), seeded.seed("projection_prng_key")],
         harmless=f"d_initial init_weights {prefix}_dropout {kind.harmless}",
-        refused={**WHOLE_TENSORS, **kind.refused},
+        refused=kind.refused,
     )
     items = (f"{prefix}_lambda_b", f"{prefix}_lambda_d")
     shared = (f"base_model.{prefix}_A", f"base_model.{prefix}_B")

@@ -23,7 +23,7 @@ import torch
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods.options import TARGETS, check_values, shown
-from lorakit.adapters.methods.parts import check_shape, module_form
+from lorakit.adapters.methods.parts import check_shape, module_form, parameter_of
 from lorakit.adapters.methods.targets import targeted
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
@@ -57,11 +57,11 @@ def set_apart(checkpoint: Checkpoint, base: BaseModel) -> Apart:
     Raises:
         CheckpointError: modules_to_save or bias cannot be meant, or tensors that they name are missing.
     """
-    saved = _saved(checkpoint, base)
+    saved = saved_parameters(checkpoint, base)
     biases = _biases(checkpoint, base) - saved
     if not saved and not biases:
         return Apart(_without_bias(checkpoint), base, {}, {}, {})
-    keys = {name: key for key in checkpoint.tensors if (name := _parameter_of(key)) in saved | biases}
+    keys = {name: key for key in checkpoint.tensors if (name := parameter_of(key)) in saved | biases}
     missing = sorted((saved | biases) - keys.keys())
     if missing:
         option = "modules_to_save" if missing[0] in saved else f"bias={shown(checkpoint.config['bias'])}"
@@ -128,7 +128,7 @@ def give_back(form: AdapterForm, tensors: Mapping[str, torch.Tensor]) -> dict[st
     """A checkpoint's tensors with the whole weights that the form holds, by key."""
     found = dict(tensors)
     for key, tensor in tensors.items():
-        module = form.modules.get(_parameter_of(key).removesuffix(".weight"))
+        module = form.modules.get(parameter_of(key).removesuffix(".weight"))
         if module is not None and module.w is not None and not tensor.numel():
             weight = module.w.T if tensor.dim() == 2 else module.w
             found[key] = weight.to(tensor.dtype).contiguous()
@@ -147,16 +147,11 @@ def _without_bias(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def _parameter_of(key: str) -> str:
-    """The base's parameter that a key stands for, if it is of a whole tensor."""
-    return key.replace(".base_layer.", ".")
-
-
 def _is_copy(key: str) -> bool:
     return key.endswith((".original_module.bias", ".modules_to_save.bias"))
 
 
-def _saved(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
+def saved_parameters(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The parameters of modules_to_save, found as peft.utils.other._set_trainable does: by the ends of paths."""
     names = checkpoint.config.get("modules_to_save")
     if not names:
@@ -165,10 +160,10 @@ def _saved(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
         raise CheckpointError(
             f"{checkpoint.source}: modules_to_save is {shown(names)}; it should be a list of modules' names."
         )
-    return frozenset(name for name in base.parameters if any(path.endswith(tuple(names)) for path in _above(name)))
+    return frozenset(name for name in base.parameters if any(path.endswith(tuple(names)) for path in above(name)))
 
 
-def _above(parameter: str) -> Iterator[str]:
+def above(parameter: str) -> Iterator[str]:
     """The paths of all modules that a parameter lies in."""
     path = parameter
     while "." in path:
