@@ -52,6 +52,10 @@ install: $(STAMPS)/dev  ## set up the environment for development
 test: $(STAMPS)/dev  ## run the tests
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+.PHONY: quantised
+quantised: $(STAMPS)/dev $(STAMPS)/quantisers  ## run the tests on quantised bases, each with its quantiser
+	PYTHONPATH=$(VENV)/quantisers OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest tests/runtime/test_quantised.py
+
 .PHONY: compatibility
 compatibility: $(STAMPS)/dev  ## measure which methods are exact, and write docs/guides/compatibility.md
 	rm -rf build/compatibility
@@ -121,6 +125,12 @@ $(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/torch $(STAMPS)/small-mo
 	@echo "[setup] lorakit[dev]: a few minutes the first time"
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@ $(STAMPS)/quickstart
+
+# HQQ's installation would try to build for CUDA.
+$(STAMPS)/quantisers: tests/quantisers.txt | $(STAMPS)/torch
+	@echo "[setup] quantisers (50 MB)"
+	@DISABLE_CUDA=1 $(PIP) install --quiet --no-deps --upgrade --target $(VENV)/quantisers -r tests/quantisers.txt
+	@touch $@
 
 $(STAMPS)/docs: pyproject.toml constraints.txt $(STAMPS)/torch
 	@echo "[setup] lorakit[docs]"

@@ -43,6 +43,14 @@ def export(
     ],
     base: Base = None,
     dtype: Annotated[str | None, typer.Option(help="Store A and B as float32, bfloat16 or float16.")] = None,
+    svd_energy: Annotated[
+        float | None,
+        typer.Option(help="Approximate what has no exact form by SVD, keeping this share of its energy, as 0.999."),
+    ] = None,
+    task_id: Annotated[
+        list[str] | None,
+        typer.Option(help="The task of an adapter that has several, as NAME=2; repeat it.", show_default=False),
+    ] = None,
     add: Annotated[bool, typer.Option("--add", help="Add to a bank that is there.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
@@ -51,13 +59,19 @@ def export(
     from lorakit.adapters.export import export as export_bank
 
     named = _named_sources(sources)
-    torch_dtype = _dtype(dtype)
+    options: dict[str, Any] = {
+        "base_model": base,
+        "dtype": _dtype(dtype),
+        "svd_energy": svd_energy,
+        "task_ids": _task_ids(task_id or []),
+        "overwrite": overwrite,
+    }
     with bar("export", len(named)) as step:
         if add:
             opened = AdapterBank.open(bank)
-            opened.add_all(named, base_model=base, dtype=torch_dtype, overwrite=overwrite, progress=step)
+            opened.add_all(named, progress=step, **options)
         else:
-            opened = export_bank(named, bank, base_model=base, dtype=torch_dtype, overwrite=overwrite, progress=step)
+            opened = export_bank(named, bank, progress=step, **options)
     _show(opened)
 
 
@@ -68,16 +82,22 @@ def inspect(
 ) -> None:
     """Show what a bank holds; only its index is read."""
     from lorakit.adapters.bank import AdapterBank
+    from lorakit.adapters.quantised import in_words
 
     opened = AdapterBank.open(bank)
     if adapter is None:
         _show(opened)
         return
     entry = opened[adapter]
+    columns = ["module", "kind", "in", "out", "rank", "scale"]
     rows = [[m.path, m.kind, m.in_features, m.out_features, m.rank, f"{m.scale:g}"] for m in entry.layout.modules]
+    if entry.svd_errors:
+        columns.append("error")
+        rows = [[*row, _error(entry.svd_errors.get(m.path))] for row, m in zip(rows, entry.layout.modules, strict=True)]
     dtype = str(entry.dtype).removeprefix("torch.")
-    title = f"{entry.name}: {entry.method}, {dtype}, {human_bytes(entry.nbytes)}, from {entry.source}"
-    make_console().print(table(title, ["module", "kind", "in", "out", "rank", "scale"], rows))
+    made = f", computed from a base {in_words(entry.base_quantisation)}" if entry.uses_base_weights else ""
+    title = f"{entry.name}: {_method(entry)}, {dtype}, {human_bytes(entry.nbytes)}, from {entry.source}{made}"
+    make_console().print(table(title, columns, rows))
 
 
 @app.command()
@@ -296,6 +316,19 @@ def _named_sources(sources: list[str]) -> dict[str, str]:
     return named
 
 
+def _task_ids(items: list[str]) -> dict[str, int]:
+    """NAME=TASK → name → task."""
+    tasks: dict[str, int] = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        if name in tasks:
+            raise ConfigError(f"adapter {name!r} has two tasks; give it one, or export it under two names.")
+        if not (value.isascii() and value.isdigit() and len(value) < 10):
+            raise ConfigError(f"--task-id {item!r} is no NAME=TASK, such as sql=2.")
+        tasks[name] = int(value)
+    return tasks
+
+
 def _weights(items: list[str]) -> dict[str, float]:
     """NAME=WEIGHT → name → weight."""
     weights: dict[str, float] = {}
@@ -341,18 +374,31 @@ def _tokenizer(source: str) -> Any:
 
 def _show(bank: Any) -> None:
     info = bank.info()
+    approximated = any(entry.svd_errors for entry in info.adapters)
     rows = []
     for entry in info.adapters:
         ranks, dtype = "/".join(map(str, entry.ranks)), str(entry.dtype).removeprefix("torch.")
         size = human_bytes(entry.nbytes)
-        rows.append([entry.name, entry.method, ranks, len(entry.modules), dtype, size, entry.source])
+        method = f"{_method(entry)} on {entry.base_quantisation}" if entry.base_quantisation else _method(entry)
+        row = [entry.name, method, ranks, len(entry.modules), dtype, size, entry.source]
+        rows.append([*row, _error(entry.svd_error if entry.svd_errors else None)] if approximated else row)
     dead = f", {human_bytes(info.dead_nbytes)} of it removed" if info.dead_nbytes else ""
     base = Path(info.base_id)
     if base.is_absolute() and base.is_relative_to(Path.cwd()):
         base = base.relative_to(Path.cwd())
     title = f"{info.path}: {len(rows)} adapters of {base}, {human_bytes(info.nbytes)}{dead}"
-    columns = ["adapter", "method", "rank", "modules", "dtype", "size", "source"]
+    columns = ["adapter", "method", "rank", "modules", "dtype", "size", "source", *(["error"] if approximated else [])]
     make_console().print(table(title, columns, rows))
+
+
+def _method(entry: Any) -> str:
+    """An adapter's method, with the task that was chosen."""
+    return entry.method if entry.task_id is None else f"{entry.method} (task {entry.task_id})"
+
+
+def _error(error: float | None) -> str:
+    """What an approximation lost, or that nothing was."""
+    return "exact" if error is None else f"{error:.1e}"
 
 
 def _need(what: str, packages: list[str], *, extra: str) -> None:

@@ -107,7 +107,7 @@ ARCHITECTURES = {
 }
 
 # LoRA's forms: options of LoraConfig, made for one architecture.
-METHODS: dict[str, Callable[[Architecture], dict[str, Any]]] = {
+FACTORS: dict[str, Callable[[Architecture], dict[str, Any]]] = {
     "lora": lambda a: {"target_modules": a.linear},
     "rslora": lambda a: {"target_modules": a.linear, "use_rslora": True, "r": 8},
     "rank_pattern": lambda a: {
@@ -119,6 +119,9 @@ METHODS: dict[str, Callable[[Architecture], dict[str, Any]]] = {
     "dora": lambda a: {"target_modules": a.linear, "use_dora": True},
     "embeddings": lambda a: {"target_modules": a.embeddings},
     "embeddings-dora": lambda a: {"target_modules": a.embeddings, "use_dora": True},
+}
+METHODS: dict[str, Callable[[Architecture], dict[str, Any]]] = {
+    **FACTORS,
     "saved": lambda a: {"target_modules": a.linear, "modules_to_save": a.embeddings},
     "biases": lambda a: {"target_modules": a.linear, "bias": "all"},
 }

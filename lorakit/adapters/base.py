@@ -19,13 +19,14 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.places import Place, base_modules, places
+from lorakit.adapters.places import Place, base_modules, own_tensors, place_of, places
+from lorakit.adapters.quantised import FULL_PRECISION, dequantised, is_packed, quantisation
 from lorakit.errors import BaseModelMismatchError, BaseModelNotFoundError
 
 # PEFT's task types and the class that each is trained on (peft.mapping.MODEL_TYPE_TO_PEFT_MODEL_MAPPING).
@@ -66,6 +67,8 @@ class BaseModel:
         embedding: the path of the input embedding, or None where the model names none.
         output: the path of the output layer, or None where the model names none.
         tied: the paths of the other modules whose weight is the input embedding's, if the model's config ties them.
+        classifier: the path of the head that it leaves out too for the task type "SEQ_CLS"; None where there is none.
+        quantisation: how its weights were quantised, as `quantised.quantisation` names it.
     """
 
     def __init__(self, model: nn.Module, weights: _Weights, base_id: str) -> None:
@@ -76,6 +79,8 @@ class BaseModel:
         self.all_linear = _all_linear(model)
         self.embedding, self.tied = _tied(model)
         self.output = _path_of(model, "get_output_embeddings")
+        self.classifier = _classifier(model)
+        self.quantisation = quantisation(model)
         self.parameters = {name: tuple(p.shape) for name, p in _base_parameters(model)}
         self._weights = weights
 
@@ -191,35 +196,45 @@ class _LiveWeights:
         self._modules = dict(base_modules(model))
 
     def get(self, name: str) -> torch.Tensor | None:
-        path, _, item = name.rpartition(".")
-        module = self._modules.get(path)
-        tensor = getattr(module, item, None)
-        if module is None or tensor is None:
+        module, item = self._at(name)
+        if module is None:
             return None
-        if tensor.is_meta:
+        packed = item == "weight" and _is_packed_place(module)
+        tensor = getattr(module, item, None)
+        read = own_tensors(module) if packed else [tensor]
+        if any(tensor.is_meta for tensor in read if tensor is not None):
             raise BaseModelNotFoundError(
                 f"the live base model's {name} is not in memory (offloaded, or on the meta device); "
                 "give the base as its folder or Hub id."
             )
-        if item == "weight":
-            tensor = dequantize_module_weight(module)
-        return tensor.detach()
+        if not packed:
+            return None if tensor is None else tensor.detach()
+        try:
+            return dequantised(module)
+        except Exception as error:  # each quantiser raises its own
+            raise BaseModelNotFoundError(
+                f"the live base model's {name} cannot be dequantised ({type(error).__name__}: {error}). Put the model "
+                "on a device that its quantiser has kernels for, or give the base as it was before."
+            ) from error
 
     def stored(self, name: str) -> torch.Tensor | None:
-        path, _, item = name.rpartition(".")
-        tensor = getattr(self._modules.get(path), item, None)
-        if tensor is None or tensor.is_meta:
+        module, item = self._at(name)
+        tensor = getattr(module, item, None)
+        if module is None or tensor is None or tensor.is_meta or (item == "weight" and _is_packed_place(module)):
             return None
-        plain = self.get(name)
-        # A packed weight is given back as another tensor than the one that is kept.
-        return plain if plain is not None and plain.data_ptr() == tensor.data_ptr() else None
+        return tensor.detach()
+
+    def _at(self, name: str) -> tuple[nn.Module | None, str]:
+        path, _, item = name.rpartition(".")
+        return self._modules.get(path), item
 
 
 class _CheckpointWeights:
     """Weights of a checkpoint folder, read by name from its safetensors.
 
     Names on disk can differ from those in the model (tied weights, a prefix, transformers' own renamings). What a
-    lookup with ties and prefixes does not find is found by loading the model once, as transformers itself maps it.
+    lookup with ties and prefixes does not find is found by loading the model once, as transformers itself maps it. So
+    is the weight of a linear in a quantised checkpoint: packed as it is, and dequantised one at a time.
     """
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
@@ -228,6 +243,9 @@ class _CheckpointWeights:
         self._shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
         self._prefix = str(getattr(skeleton, "base_model_prefix", "") or "")
         self._aliases = _aliases(skeleton)
+        quantised = quantisation(skeleton) != FULL_PRECISION
+        linears = [path for path, place in places(skeleton).items() if quantised and place.kind == "linear"]
+        self._packed = frozenset(f"{path}.weight" for path in linears)
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -254,19 +272,18 @@ class _CheckpointWeights:
     def get(self, name: str) -> torch.Tensor | None:
         if name not in self._aliases:
             return None
-        for alias in self._aliases[name]:
+        for alias in self._aliases[name] if name not in self._packed else ():
             for key in (alias, f"{self._prefix}.{alias}", alias.removeprefix(f"{self._prefix}.")):
                 if key in self._files:
                     with _opened(self._files[key]) as shard:
                         tensor = shard.get_tensor(key)
-                    # What a quantiser packed has its own shape.
-                    if tuple(tensor.shape) == self._shapes[name] or not tensor.is_floating_point():
+                    if tuple(tensor.shape) == self._shapes[name]:
                         return tensor
         weights, missing = self._loaded
         return None if name in missing else weights.get(name)
 
     def stored(self, name: str) -> torch.Tensor | None:
-        return self.get(name)
+        return None if name in self._packed else self.get(name)
 
 
 @contextmanager
@@ -278,6 +295,10 @@ def _opened(path: Path) -> Iterator[Any]:
         raise BaseModelNotFoundError(
             f"the base model's {path} is damaged or cannot be read: {error}. Download it again."
         ) from error
+
+
+def _is_packed_place(module: nn.Module) -> bool:
+    return place_of(module) is not None and is_packed(module)
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -297,8 +318,7 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _all_linear(model: nn.Module) -> frozenset[str]:
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
+    output = _output(model)
     inner = getattr(output, "get_base_layer", None)
     output = inner() if callable(inner) else output
     return frozenset(
@@ -329,6 +349,18 @@ def _path_of(model: nn.Module, getter: str) -> str | None:
     inner = getattr(found, "get_base_layer", None)
     found = inner() if callable(inner) else found
     return None if found is None else next((path for path, one in base_modules(model) if one is found), None)
+
+
+def _classifier(model: nn.Module) -> str | None:
+    """As peft.tuners.tuners_utils._maybe_include_all_linear_layers finds it: where a model has no output embedding."""
+    heads = SEQ_CLS_HEAD_NAMES if _output(model) is None else ()
+    return next((name for name in heads if getattr(model, name, None) is not None), None)
+
+
+def _output(model: nn.Module) -> nn.Module | None:
+    get_output = getattr(model, "get_output_embeddings", None)
+    output: nn.Module | None = get_output() if callable(get_output) else None
+    return output
 
 
 def _refuse_changed(model: nn.Module) -> None:

@@ -6,22 +6,21 @@ Knows a bank's files and entries; changes nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
+
+from blake3 import blake3
 
 from lorakit.adapters.entry import AdapterEntry
+from lorakit.adapters.finite import is_finite
 from lorakit.adapters.folder import BankFolder
 from lorakit.adapters.layout import Extent
-from lorakit.adapters.shard import read_header
+from lorakit.adapters.shard import Progress, read_header
 from lorakit.errors import BankCorruptedError
 
-Progress = Callable[[str, int], None]
-"""Called with an adapter's name and its stored bytes, once it is done."""
-
-WRONG_HASH = "its bytes do not match their sha256"
+WRONG_HASH = "its bytes do not match their BLAKE3 hash"
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ def _damages_of(folder: BankFolder, entry: AdapterEntry) -> list[Damage]:
         buffer = folder.read(entry, entry.stored_nbytes)
     except BankCorruptedError as error:
         return [Damage(entry.shard, entry.name, str(error))]
-    if sha256(buffer.numpy().data).hexdigest() != entry.sha256:
+    if blake3(buffer.numpy().data).hexdigest() != entry.blake3:
         return [Damage(entry.shard, entry.name, WRONG_HASH)]
     extent = Extent.of_bytes(entry.layout, entry.dtype, buffer)
-    if not (extent.weights.isfinite().all() and extent.vectors.isfinite().all()):
+    if not (is_finite(extent.weights) and is_finite(extent.vectors)):
         return [Damage(entry.shard, entry.name, "it holds NaN or Inf")]
     return []

@@ -6,7 +6,7 @@ Knows names, shapes and byte ranges; opens no file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
@@ -92,9 +92,13 @@ class AdapterEntry:
         extras: the checkpoint's tensors that serving does not need, behind the extent.
         source: where it came from, as given when it was added.
         uses_base_weights: the form was computed from the base's weights and is right for that base only.
+        base_quantisation: how those weights were quantised, as `AdapterForm` has it.
+        svd_errors: module path → ‖ΔW − B A‖_F / ‖ΔW‖_F to four digits, of the modules whose change ΔW of the weight was
+            approximated by SVD, before any cast of A and B; the others are exact.
+        task_id: the task that was chosen, of a method that has several; None otherwise.
         shard: the file that holds it.
         offset: its first byte in that file.
-        sha256: of its whole range, extent and extras, in hexadecimal.
+        blake3: the hash of its whole range, extent and extras, in hexadecimal.
     """
 
     name: str
@@ -105,9 +109,12 @@ class AdapterEntry:
     extras: tuple[ExtraTensor, ...] = ()
     source: str = ""
     uses_base_weights: bool = False
+    base_quantisation: str = ""
+    svd_errors: Mapping[str, float] = field(default_factory=dict)
+    task_id: int | None = None
     shard: str = ""
     offset: int = 0
-    sha256: str = ""
+    blake3: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -133,6 +140,11 @@ class AdapterEntry:
     def modules(self) -> tuple[str, ...]:
         """The paths of its modules."""
         return tuple(module.path for module in self.layout.modules)
+
+    @property
+    def svd_error(self) -> float:
+        """The largest of `svd_errors`; 0 for an adapter that is exact."""
+        return max(self.svd_errors.values(), default=0.0)
 
     @property
     def parameters(self) -> int:

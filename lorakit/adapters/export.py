@@ -17,12 +17,13 @@ from torch import nn
 from lorakit.adapters import fingerprint
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel
+from lorakit.adapters.choices import choices_of
 from lorakit.adapters.convert import check_dtype, convert
-from lorakit.adapters.damage import Progress
 from lorakit.adapters.folder import check_free
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.names import check_name
 from lorakit.adapters.peft_reader import Checkpoint, Source, default_name, describe, read_checkpoint
+from lorakit.adapters.shard import Progress
 from lorakit.errors import AdapterExistsError, BankError, BaseModelMismatchError, BaseModelNotFoundError
 
 
@@ -32,6 +33,8 @@ def export(
     *,
     base_model: str | os.PathLike[str] | nn.Module | None = None,
     dtype: torch.dtype | None = None,
+    svd_energy: float | None = None,
+    task_ids: Mapping[str, int] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> AdapterBank:
@@ -45,6 +48,10 @@ def export(
             the first checkpoint names.
         dtype: what A and B are stored in. None: each checkpoint's own, so that `export_peft` gives it back bit for
             bit, and so that its outputs are PEFT's.
+        svd_energy: convert also methods that have no exact low-rank form, each module by SVD, with the least rank that
+            keeps this share of its change's squared Frobenius norm: above 0 and at most 1, as 0.999. What is lost
+            stands in each entry's `svd_errors`. None refuses such methods; what has an exact form stays exact.
+        task_ids: name → task, counted from 0, of adapters that have several (Poly).
         overwrite: replace a bank that is there.
         progress: called with each adapter's name and bytes once it is packed.
 
@@ -56,11 +63,12 @@ def export(
         BankError: the folder is in use or cannot be written, or there is nothing to export.
         BaseModelNotFoundError: no base given, named or found.
         BaseModelMismatchError: no base given, and the checkpoints name different ones.
-        ConfigError: adapters are not kept in this dtype.
+        ConfigError: adapters are not kept in this dtype, or svd_energy or task_ids have values that cannot be.
         CheckpointError, UnsupportedMethodError, NonFiniteWeightsError, …: a source that is refused, and why.
     """
     sources = _named(adapters)
     check_dtype(dtype)
+    choices = choices_of(sources, svd_energy, task_ids)
     path = Path(bank)
     check_free(path, overwrite)
     first = read_checkpoint(next(iter(sources.values())))
@@ -70,7 +78,7 @@ def export(
         checkpoint = read_checkpoint(source)
         if base_model is None:
             _check_same_base(first, checkpoint)
-        return convert(name, checkpoint, base, dtype)
+        return convert(name, checkpoint, base, dtype, choices[name], check_finite=False)
 
     # Made one at a time, as the bank takes them: a thousand adapters need not fit in memory.
     items = [(name, partial(make, name, source), describe(source)) for name, source in sources.items()]

@@ -64,11 +64,16 @@ class NewFile:
                 view = view[count:]
                 offset += count
 
+    def sync(self) -> None:
+        """Puts the bytes on the disk."""
+        with writing(self.path):
+            os.fsync(self._handle)
+
     def commit(self) -> None:
         """Puts the bytes on the disk, then gives the file its name; `sync_folder` makes the name last."""
+        # Bytes first: a name that survives a power cut must not lead to bytes that did not.
+        self.sync()
         with writing(self.path):
-            # Bytes first: a name that survives a power cut must not lead to bytes that did not.
-            os.fsync(self._handle)
             self.close()
             os.replace(self._temporary, self.path)
 

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 
+from lorakit.adapters.finite import is_finite
 from lorakit.errors import NonFiniteWeightsError
 
 Kind = Literal["linear", "embedding", "norm"]
@@ -117,6 +118,11 @@ class AdapterForm:
         extras: tensors of the checkpoint that the form does not hold as they were (DoRA's magnitudes, under their
             PEFT keys); kept so that the checkpoint can be written back, never loaded for serving.
         uses_base_weights: the conversion read the base's weights, so the form is right for that base only.
+        base_quantisation: how the weights that it read were quantised (`quantised.quantisation`); "" if they were not,
+            or if it read none.
+        svd_errors: module path → ‖ΔW − B A‖_F / ‖ΔW‖_F, of the modules whose change ΔW of the weight was approximated;
+            the others are exact.
+        task_id: the task that was chosen, of a method that has several; None otherwise.
     """
 
     method: str
@@ -124,6 +130,9 @@ class AdapterForm:
     config: Mapping[str, Any]
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
     uses_base_weights: bool = False
+    base_quantisation: str = ""
+    svd_errors: Mapping[str, float] = field(default_factory=dict)
+    task_id: int | None = None
 
     @property
     def rank(self) -> int:
@@ -141,8 +150,7 @@ class AdapterForm:
         """
         for path, module in self.modules.items():
             for item, tensor in module.tensors():
-                # A sum is finite only if every element is, save for overflow: one cheap pass, then the exact test.
-                if not math.isfinite(tensor.sum(dtype=torch.float32).item()) and not tensor.isfinite().all():
+                if not is_finite(tensor):
                     raise NonFiniteWeightsError(
                         f"adapter {name!r}: {named(item)} of {path} holds NaN or Inf. "
                         "Training diverged, or the file is damaged: export an earlier checkpoint."

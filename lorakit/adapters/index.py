@@ -24,10 +24,11 @@ from lorakit.adapters.names import is_name
 from lorakit.adapters.shard import ShardFacts, shard_number
 from lorakit.errors import BankError
 
-FORMAT_VERSION = 2
-"""2: B lies transposed. There are no banks of format 1 outside of development."""
+FORMAT_VERSION = 3
+"""3: adapters are hashed by BLAKE3, and may bring whole weights; 2: B lies transposed. There are no older banks outside
+of development."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLAKE3 = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
 
 
@@ -108,9 +109,12 @@ class Index:
                 "shard": entry.shard,
                 "offset": entry.offset,
                 "nbytes": entry.stored_nbytes,
-                "sha256": entry.sha256,
+                "blake3": entry.blake3,
                 "source": entry.source,
                 "uses_base_weights": entry.uses_base_weights,
+                **({"base_quantisation": entry.base_quantisation} if entry.base_quantisation else {}),
+                **({"svd_errors": [entry.svd_errors.get(path) for path in entry.modules]} if entry.svd_errors else {}),
+                **({} if entry.task_id is None else {"task_id": entry.task_id}),
             }
         facts = {
             name: {"nbytes": shard.nbytes, "payload_nbytes": shard.payload_nbytes}
@@ -215,27 +219,41 @@ def _entry(name: str, fields: Fields, tables: _Tables, shards: Mapping[str, Shar
     if dtype is None or dtype not in WEIGHT_DTYPES:
         raise fields.wrong("dtype", "float32, bfloat16 or float16")
     shared("shard", shards)
-    sha256 = fields.text("sha256")
-    if not _SHA256.fullmatch(sha256):
-        raise fields.wrong("sha256", "64 hexadecimal digits")
+    blake3 = fields.text("blake3")
+    if not _BLAKE3.fullmatch(blake3):
+        raise fields.wrong("blake3", "64 hexadecimal digits")
+    layout = shared("layout", tables.layouts)
     entry = AdapterEntry(
         name=name,
         method=fields.text("method", least=1),
-        layout=shared("layout", tables.layouts),
+        layout=layout,
         config=shared("config", tables.configs),
         dtype=dtype,
         extras=shared("extras", tables.extras) if "extras" in fields.value else (),
         source=fields.text("source"),
         uses_base_weights=fields.flag("uses_base_weights"),
+        base_quantisation=fields.text("base_quantisation") if "base_quantisation" in fields.value else "",
+        svd_errors=_svd_errors(fields, layout) if "svd_errors" in fields.value else {},
+        task_id=fields.count("task_id", limit=1 << 31) if "task_id" in fields.value else None,
         shard=fields.text("shard"),
         offset=fields.count("offset", least=8),
-        sha256=sha256,
+        blake3=blake3,
     )
     if entry.extras and entry.extras[0].offset < entry.nbytes:
         raise BankError(f"{fields.where}: its extras overlap its extent")
     if fields.count("nbytes") != entry.stored_nbytes:
         raise fields.wrong("nbytes", f"{entry.stored_nbytes}, as its layout says")
     return entry
+
+
+def _svd_errors(fields: Fields, layout: Layout) -> dict[str, float]:
+    errors = fields.items("svd_errors")
+    right = all(error is None or (type(error) in (int, float) and 0 <= error < LIMIT) for error in errors)
+    if not right or len(errors) != len(layout.modules):
+        raise fields.wrong("svd_errors", "a number or null a module")
+    return {
+        module.path: float(error) for module, error in zip(layout.modules, errors, strict=True) if error is not None
+    }
 
 
 def _check_ranges(entries: Iterable[AdapterEntry], shards: Mapping[str, ShardFacts]) -> None:

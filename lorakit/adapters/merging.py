@@ -20,7 +20,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeAlias
@@ -228,6 +228,7 @@ class Recipe:
             config=_config([form.config for form in forms.values()], modules, biased),
             extras={f"{path}.{_BIAS}": module.d for path, module in modules.items() if module.d is not None},
             uses_base_weights=any(form.uses_base_weights for form in forms.values()),
+            base_quantisation=_base_quantisation(forms.values()),
         )
         merged = cast(merged, self.dtype or torch.float32)
         _check_finite(merged, name)
@@ -341,6 +342,12 @@ def _svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     nan = torch.full_like(matrix, math.nan)
     least = min(matrix.shape)
     return nan[:, :least], nan.flatten()[:least], nan[:least]
+
+
+def _base_quantisation(forms: Iterable[AdapterForm]) -> str:
+    """That of the base that the forms were computed from; of several all, since the sum is right for none alone."""
+    found = sorted({form.base_quantisation for form in forms if form.uses_base_weights})
+    return found[0] if len(found) == 1 else " and ".join(name or "none" for name in found)
 
 
 def _configured_rank(form: AdapterForm) -> int:

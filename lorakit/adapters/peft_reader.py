@@ -36,9 +36,14 @@ PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
 # What PEFT keeps once for all modules. Anything else outside the prefix is no checkpoint of PEFT's.
-_SHARED = re.compile(r"base_model\.(p?vera_[AB]|vblora_vector_bank|unilora_theta_d|tinylora_v\.[0-9]+)")
-_INDICES = ("_topk_indices", ".unilora_indices_A", ".unilora_indices_B")
-"""Ends of the keys whose tensors are whole numbers."""
+_SHARED = re.compile(
+    r"base_model\.(p?vera_[AB]|vblora_vector_bank|unilora_theta_d|tinylora_v\.[0-9]+|randlora_[AB]"
+    r"|frod_(V|s_indices|s_size)\.\w+)"
+)
+_INDICES = re.compile(
+    r".*(_topk_indices|\.(unilora_indices_[AB]|shira_indices|supertuning_indices|frod_s_(indices|size)\.\w+))"
+)
+"""The keys whose tensors are whole numbers."""
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -153,7 +158,7 @@ def _read_folder(folder: Path, source: str) -> Checkpoint:
             "this is not a checkpoint as PEFT's save_pretrained writes it."
         )
     for key, tensor in tensors.items():
-        if tensor.dtype not in (_WHOLE if key.endswith(_INDICES) else WEIGHT_DTYPES):
+        if tensor.dtype not in (_WHOLE if _INDICES.fullmatch(key) else WEIGHT_DTYPES):
             raise CheckpointError(
                 f"{source}: {key} is {str(tensor.dtype).removeprefix('torch.')}; "
                 "save the adapter as float32, bfloat16 or float16."
@@ -182,6 +187,7 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
 
 def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
     if (folder / SAFETENSORS).is_file():
+        _read_ahead(folder / SAFETENSORS)
         try:
             return load_file(folder / SAFETENSORS)
         except (SafetensorError, ValueError) as error:
@@ -189,6 +195,13 @@ def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
     if (folder / PICKLE).is_file():
         return _read_pickle(folder / PICKLE, source)
     raise CheckpointError(f"{source} holds neither {SAFETENSORS} nor {PICKLE}; save the adapter there again.")
+
+
+def _read_ahead(path: Path) -> None:
+    """Has the system read a file that will be mapped, while other work goes on; page faults would wait for it."""
+    if hasattr(os, "posix_fadvise"):  # not on every system
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _read_pickle(path: Path, source: str) -> dict[str, torch.Tensor]:

@@ -47,8 +47,7 @@ def place_of(module: nn.Module) -> Place | None:
         return Place("linear", module.nx, module.nf, transposed=True)
     width, height = getattr(module, "in_features", None), getattr(module, "out_features", None)
     # A container may report sizes too; what multiplies has tensors of its own, packed ones in buffers.
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    if isinstance(width, int) and isinstance(height, int) and own:
+    if isinstance(width, int) and isinstance(height, int) and own_tensors(module):
         return Place("linear", width, height, transposed=False)
     return _norm_of(module)
 
@@ -88,6 +87,11 @@ def _offset_of(module: nn.Module, channels: int) -> float | None:
     if zero.shape != x.shape or not step.any() or not torch.allclose(three - zero, 3 * step, rtol=1e-4, atol=1e-5):
         return None
     return next((offset for offset in (0.0, 1.0) if torch.allclose(zero, offset * step, rtol=1e-4, atol=1e-5)), None)
+
+
+def own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """A module's parameters and buffers, without those of the modules inside it."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def places(model: nn.Module) -> dict[str, Place]:

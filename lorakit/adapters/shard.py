@@ -13,7 +13,6 @@ Knows entries, bytes and files; knows no index.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,12 +25,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.files import NewFile
-from lorakit.adapters.form import WEIGHTS, AdapterForm
-from lorakit.adapters.layout import stored
 from lorakit.errors import BankCorruptedError, BankError
+
+Progress = Callable[[str, int], None]
+"""Called with an adapter's name and its stored bytes, once it is done."""
 
 SHARD_BYTES = 4 << 30
 """A shard takes adapters up to this size: few files for a large bank, and no single file too large to copy or push."""
@@ -42,7 +43,8 @@ HEADER_LIMIT = 100_000_000
 _ALIGNMENT = 64  # Where adapters begin in a shard: a cache line, and more than any kernel asks for.
 _NAME = re.compile(r"bank-([0-9]{4,9})\.safetensors")
 _SLACK = 256 << 10  # Bytes of header left for adapters that have more modules than the first of a batch.
-_HELD_BYTES = 1 << 30  # Adapters waiting for their hash hold about this much memory at most.
+_HELD_BYTES = 1 << 30  # Adapters under way hold about this much memory at most.
+_SYNC_BYTES = 256 << 20  # So many bytes are written before the disk is told to take them, while more are.
 _METADATA = '{"__metadata__":{"format":"pt"}'
 
 
@@ -89,45 +91,6 @@ def header_entries(entry: AdapterEntry, start: int) -> str:
     return "".join(parts)
 
 
-def tensor_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
-    """A tensor's bytes in row-major order; without a copy where it lies so already."""
-    flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def form_chunks(entry: AdapterEntry, form: AdapterForm) -> list[memoryview]:
-    """The bytes of an adapter's range, in order, as views on the form's tensors.
-
-    Args:
-        entry: the adapter, with the form's layout and extras.
-        form: its tensors.
-    """
-    prefix = len(entry.name) + 1
-    extras = {f"extras/{extra.name}": form.extras[extra.name] for extra in entry.extras}
-    chunks = []
-    for place in entry.tensors():
-        name = place.name[prefix:]
-        if name.startswith("~"):
-            chunks.append(memoryview(bytes(place.end - place.begin)))
-        elif name in extras:
-            chunks.append(tensor_bytes(extras[name], extras[name].dtype))
-        else:
-            path, item = name.rsplit("/", 1)
-            dtype = entry.dtype if item in WEIGHTS else torch.float32
-            chunks.append(tensor_bytes(stored(item, getattr(form.modules[path], item)), dtype))
-        assert chunks[-1].nbytes == place.end - place.begin
-    return chunks
-
-
-def _checked_hash(check: Callable[[], None] | None, chunks: Iterable[memoryview]) -> str:
-    if check:
-        check()
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 class _Shard:
     """One shard under construction."""
 
@@ -142,8 +105,8 @@ class _Shard:
         self._end = 0
         self._file = NewFile(path)
 
-    def add(self, entry: AdapterEntry, chunks: Sequence[memoryview], limit: int) -> AdapterEntry | None:
-        """Writes an adapter; None where there is no more room for it."""
+    def place(self, entry: AdapterEntry, limit: int) -> AdapterEntry | None:
+        """Gives an adapter its place; None where there is no more room for it."""
         start = _aligned(self._end)
         if self.payload and start + entry.stored_nbytes > limit:
             return None
@@ -155,18 +118,30 @@ class _Shard:
             return None
         self._header.append(text)
         self._header_nbytes += len(text)
-        place = self.data_start + start
-        # Every byte of the range is written, gaps too; the gap before it is a hole of zeros in the file.
-        for chunk in chunks:
-            self._file.write(chunk, place)
-            place += chunk.nbytes
+        # The gap before it is a hole of zeros in the file.
         self._end = start + entry.stored_nbytes
-        assert place == self.data_start + self._end
         self.payload += entry.stored_nbytes
         return replace(entry, shard=self.path.name, offset=self.data_start + start)
 
-    def commit(self) -> ShardFacts:
-        """Writes the header and gives the file its name."""
+    def write(self, entry: AdapterEntry, blocks: Iterable[memoryview]) -> AdapterEntry:
+        """Writes an adapter at its place, and hashes it. Other threads may write others meanwhile."""
+        digest = blake3()
+        place = entry.offset
+        for block in blocks:
+            digest.update(block)
+            self._file.write(block, place)
+            place += block.nbytes
+        assert place == entry.offset + entry.stored_nbytes, "every byte of the range is written, gaps too"
+        return replace(entry, blake3=digest.hexdigest())
+
+    def sync(self) -> None:
+        """Puts on the disk what was written so far."""
+        self._file.sync()
+
+    def commit(self, begun: Sequence[Future[Any]]) -> ShardFacts:
+        """Waits for what was begun, writes the header and gives the file its name; raises what that raised."""
+        for future in begun:
+            future.result()
         area = self.data_start - 8
         header = ("".join(self._header) + "}").encode("ascii").ljust(area)
         assert len(header) == area
@@ -182,27 +157,35 @@ class _Shard:
 class ShardSeries:
     """Writes adapters one after another into as many new shards as they need.
 
-    A context. Checks and hashes run in threads while the writing goes on (torch and hashlib release the GIL), so a few
-    adapters' tensors are held until theirs are done. What it leaves behind after an error is no part of the bank, as no
-    index names it; sweeping it away is the bank's part, which alone knows whether the index was replaced by then.
+    A context. Adapters are packed, checked, hashed and written in threads (numpy, blake3 and the system release the
+    GIL), and put on the disk meanwhile, so a few adapters are under way at a time. What it leaves behind after an error
+    is no part of the bank, as no index names it; sweeping it away is the bank's part, which alone knows whether the
+    index was replaced by then.
 
     Args:
         folder: the bank's.
         first: the first shard's number.
         shard_bytes: the size at which the next shard begins.
+        progress: called for each adapter written, in the order added.
     """
 
-    def __init__(self, folder: Path, first: int, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, first: int, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
+    ) -> None:
         self._folder = folder
         self._first = first
         self._shard_bytes = shard_bytes
+        self._progress = progress
         self._shards: list[_Shard] = []
-        self._facts: dict[str, ShardFacts] = {}
-        self._hashing: deque[tuple[AdapterEntry, Future[str]]] = deque()
-        self._held = 0
+        self._facts: dict[str, Future[ShardFacts]] = {}
+        self._writing: deque[Future[AdapterEntry]] = deque()
+        self._begun: list[Future[Any]] = []  # of the last shard
+        self._held = self._unsynced = 0
         self._entries: list[AdapterEntry] = []
         self._workers = min(4, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="lorakit-hash")
+        self._writers = ThreadPoolExecutor(self._workers, thread_name_prefix="lorakit-write")
+        # One alone: shards are completed one after another.
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="lorakit-sync")
 
     def __enter__(self) -> ShardSeries:
         return self
@@ -210,61 +193,64 @@ class ShardSeries:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._writers, self._syncer):
+            pool.shutdown(wait=True, cancel_futures=True)
         for shard in self._shards:
             shard.close()
 
-    def add(
-        self,
-        entry: AdapterEntry,
-        chunks: Sequence[memoryview],
-        more: int,
-        longest_name: int,
-        check: Callable[[], None] | None = None,
-    ) -> None:
+    def add(self, entry: AdapterEntry, blocks: Iterable[memoryview], more: int, longest_name: int) -> None:
         """Writes one adapter.
 
         Args:
             entry: the adapter; where it lies and its hash are filled in.
-            chunks: the bytes of its range. They must stay as they are until `finish`.
+            blocks: the bytes of its range, each block good until the next is asked for. They are asked for in a thread,
+                so an error of theirs may come from a later call, at the latest from `finish`.
             more: how many adapters will follow, as far as is known; sizes the area of the header.
             longest_name: the length of the longest name among them.
-            check: raises if the adapter must not be added. It runs beside the writing, so its error may come from a
-                later call, at the latest from `finish`.
         """
-        digest = self._pool.submit(_checked_hash, check, chunks)
         is_open = len(self._shards) > len(self._facts)
-        placed = self._shards[-1].add(entry, chunks, self._shard_bytes) if is_open else None
+        placed = self._shards[-1].place(entry, self._shard_bytes) if is_open else None
         if placed is None:
             self._close_shard()
             self._open_shard(entry, more, longest_name)
-            placed = self._shards[-1].add(entry, chunks, self._shard_bytes)
+            placed = self._shards[-1].place(entry, self._shard_bytes)
         assert placed is not None, "a new shard takes the adapter it was sized for"
-        self._hashing.append((placed, digest))
+        self._writing.append(self._writers.submit(self._shards[-1].write, placed, blocks))
+        self._begun.append(self._writing[-1])
         # Bounds what is held in memory.
         self._held += entry.stored_nbytes
-        while len(self._hashing) > self._workers or (self._held > _HELD_BYTES and len(self._hashing) > 1):
+        while len(self._writing) > self._workers or (self._held > _HELD_BYTES and len(self._writing) > 1):
             self._collect()
 
     def finish(self) -> tuple[list[AdapterEntry], dict[str, ShardFacts]]:
         """Completes the shards; their files are whole and named, and safe once the folder is synced.
 
         Returns:
-            The entries in the order added, with shard, offset and sha256; and the new shards' facts.
+            The entries in the order added, with shard, offset and hash; and the new shards' facts.
         """
-        while self._hashing:
+        while self._writing:
             self._collect()
         self._close_shard()
-        return self._entries, self._facts
+        return self._entries, {name: facts.result() for name, facts in self._facts.items()}
 
     def _collect(self) -> None:
-        entry, digest = self._hashing.popleft()
+        entry = self._writing.popleft().result()
+        self._entries.append(entry)
         self._held -= entry.stored_nbytes
-        self._entries.append(replace(entry, sha256=digest.result()))
+        self._unsynced += entry.stored_nbytes
+        if self._unsynced > _SYNC_BYTES:
+            self._unsynced = 0
+            if self._begun:
+                # With the rest, its errors are raised when the shard is completed.
+                self._begun.append(self._syncer.submit(self._shards[-1].sync))
+        if self._progress:
+            self._progress(entry.name, entry.stored_nbytes)
 
     def _close_shard(self) -> None:
         if len(self._shards) > len(self._facts):
-            self._facts[self._shards[-1].path.name] = self._shards[-1].commit()
+            shard = self._shards[-1]
+            self._facts[shard.path.name] = self._syncer.submit(shard.commit, self._begun)
+            self._begun = []
 
     def _open_shard(self, entry: AdapterEntry, more: int, longest_name: int) -> None:
         count = 1 + min(more, self._shard_bytes // max(1, entry.stored_nbytes))

@@ -46,4 +46,7 @@ class Sharing:
             extras=self._extras.setdefault(extras, extras),
             source=source if is_utf8(source) else source.encode("utf-8", "replace").decode(),
             uses_base_weights=form.uses_base_weights,
+            base_quantisation=form.base_quantisation,
+            svd_errors={path: float(f"{error:.3e}") for path, error in form.svd_errors.items()},
+            task_id=form.task_id,
         )

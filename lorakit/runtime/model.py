@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,8 +24,10 @@ from transformers.utils import ModelOutput
 from lorakit.adapters import convert, fingerprint, names
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel, architecture_class
+from lorakit.adapters.choices import NONE, Choices
 from lorakit.adapters.layout import Extent
 from lorakit.adapters.peft_reader import Source
+from lorakit.adapters.quantised import in_words
 from lorakit.errors import (
     AdapterExistsError,
     AdapterIdsError,
@@ -32,6 +35,7 @@ from lorakit.errors import (
     BankError,
     BaseModelMismatchError,
     BaseModelNotFoundError,
+    ConfigError,
 )
 from lorakit.runtime import ops
 from lorakit.runtime.host_cache import ExtentReader
@@ -117,6 +121,9 @@ class MultiLoraModel(nn.Module):
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
+        self._warned: set[str] = set()
+        for name in self.adapters:
+            self._compare_base(name)
 
     @classmethod
     def from_pretrained(
@@ -209,21 +216,34 @@ class MultiLoraModel(nn.Module):
         """Compiles the base in place, as `nn.Module.compile` does; adapters keep working."""
         self.model.compile(*args, **kwargs)
 
-    def load_adapter(self, name: str, source: Source | None = None) -> None:
+    def load_adapter(
+        self,
+        name: str,
+        source: Source | None = None,
+        *,
+        svd_energy: float | None = None,
+        task_id: int | None = None,
+    ) -> None:
         """Adds an adapter to the living model, or brings one that it knows to the device ahead of its first use.
 
         Args:
             name: the name for `adapter_ids`.
             source: a PEFT folder, a Hub id or a live `PeftModel`; it stays in host memory, and the bank on disk is not
                 changed (`AdapterBank.add` does that). None: the model's or the bank's adapter of that name.
+            svd_energy: approximate what has no exact low-rank form by SVD, as `lorakit.export` does.
+            task_id: the task, of an adapter that has several.
 
         Raises:
             AdapterExistsError: the name is taken.
             AdapterNotFoundError: no source, and none in the bank.
+            ConfigError: svd_energy or task_id cannot be, or stand without a source.
             CheckpointError, UnsupportedMethodError, …: as `lorakit.export` raises them; nothing is changed.
         """
         names.check_name(name)
+        chosen = Choices(svd_energy, task_id)
         if source is None:
+            if chosen != NONE:
+                raise ConfigError(f"adapter {name!r} is converted already; svd_energy and task_id need a source.")
             with self._lock:
                 if name not in self._local:
                     if self.bank is None or name not in self.bank:
@@ -233,7 +253,7 @@ class MultiLoraModel(nn.Module):
                 self._slot(name, keep=())
             return
         self._check_free(name)
-        form = convert.convert(name, source, self._base)
+        form = convert.convert(name, source, self._base, choices=chosen)
         with self._lock:
             self._check_free(name)  # once more: another thread may have been faster
             self._local[name] = f"local-{next(self._keys)}", Extent.of_form(form)
@@ -402,6 +422,7 @@ class MultiLoraModel(nn.Module):
         if name in self._local:
             return self._local[name][1]
         assert self.bank is not None
+        self._compare_base(name)  # it may have come into the bank after the model was made
         entry = self.bank[name]
         return ExtentReader(entry.layout, entry.dtype, partial(self.bank.read_into, name))
 
@@ -410,7 +431,7 @@ class MultiLoraModel(nn.Module):
         if name in self._local:
             return self._local[name][0]
         assert self.bank is not None
-        return self.bank[name].sha256
+        return self.bank[name].blake3
 
     def _adapt(self, slots: Sequence[Slot | None]) -> None:
         """Hooks the modules that these adapters touch and that have no hook yet."""
@@ -426,6 +447,23 @@ class MultiLoraModel(nn.Module):
                 check_placement(self.model, path)
             if path not in self._adapted:
                 self._adapted[path] = AdaptedModule(path, self.model.get_submodule(path))
+
+    def _compare_base(self, name: str) -> None:
+        """Warns of a bank's adapter that was computed from the base's weights as they are not here.
+
+        Once for each way in which a bank's bases were quantised.
+        """
+        assert self.bank is not None
+        entry, here = self.bank[name], self._base.quantisation
+        if entry.uses_base_weights and entry.base_quantisation not in {here, *self._warned}:
+            self._warned.add(entry.base_quantisation)
+            warnings.warn(
+                f"adapter {name!r} ({entry.method}) of the bank at {self.bank.path} was computed from the weights of "
+                f"the base {in_words(entry.base_quantisation)}, and is served on the base {in_words(here)}; so may "
+                "others be. It is not PEFT's adapter exactly, but off by as much as the two bases' weights are apart. "
+                "To be exact, export it again with this model as base_model.",
+                stacklevel=3,
+            )
 
     def _check_free(self, name: str) -> None:
         if name in self.adapters:

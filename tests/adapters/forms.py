@@ -66,7 +66,7 @@ def lora_form(
 
 
 def odd_form(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> AdapterForm:
-    """All there can be: odd shapes, an embedding, modules without factors, c and d, extras of many dtypes."""
+    """All there can be: odd shapes, an embedding, whole weights, norms, modules without factors, c and d, extras."""
     pick = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     modules = {}
@@ -86,6 +86,11 @@ def odd_form(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> AdapterForm:
     modules["model.embed_tokens"] = module_form(
         generator, kind="embedding", in_features=51, out_features=7, rank=3, dtype=dtype
     )
+    modules["score"] = ModuleForm(
+        "linear", 7, 3, w=torch.randn(3, 7, generator=generator).to(dtype), d=torch.randn(3, generator=generator)
+    )
+    modules["wpe"] = ModuleForm("embedding", 11, 5, w=torch.randn(11, 5, generator=generator).to(dtype))
+    modules["norm"] = ModuleForm("norm", 7, 7, c=torch.randn(7, generator=generator))
     extras = {
         "base_model.model.m.lora_magnitude_vector": torch.randn(13, generator=generator),
         "base_model.model.flag": torch.tensor([True, False, True]),
@@ -93,7 +98,8 @@ def odd_form(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> AdapterForm:
         "base_model.model.empty": torch.zeros(0, 5, dtype=torch.float16),
         "base_model.model.double": torch.randn(3, 3, generator=generator, dtype=torch.float64),
     }
-    return AdapterForm("dora", modules, {"peft_type": "LORA", "use_dora": True, "r": 8}, extras, uses_base_weights=True)
+    config = {"peft_type": "LORA", "use_dora": True, "r": 8}
+    return AdapterForm("dora", modules, config, extras, uses_base_weights=True, base_quantisation="gptq 4-bit")
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -105,6 +111,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def assert_same_form(left: AdapterForm, right: AdapterForm) -> None:
     assert (left.method, left.uses_base_weights) == (right.method, right.uses_base_weights)
+    assert left.base_quantisation == right.base_quantisation
     assert dict(left.config) == dict(right.config)
     assert left.modules.keys() == right.modules.keys()
     for path, module in left.modules.items():

@@ -61,6 +61,16 @@ def key_of(tensors: Tensors, *parts: str) -> str:
     return next(key for key in sorted(tensors) if all(part in key for part in parts))
 
 
+def without(*parts: str) -> Callable[[Tensors], Any]:
+    """A change that takes the first tensor away whose key holds all of these."""
+    return lambda tensors: tensors.pop(key_of(tensors, *parts))
+
+
+def replacing(tensor: torch.Tensor, *parts: str) -> Callable[[Tensors], Any]:
+    """A change that puts a tensor in the place of the first whose key holds all of these."""
+    return lambda tensors: tensors.update({key_of(tensors, *parts): tensor})
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Everything below a folder: path → bytes (a folder's are empty)."""
     return {

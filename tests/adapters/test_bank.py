@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from forms import BASE, assert_same_form, lora_form, make_bank, odd_form, same_bits
 from safetensors.torch import load_file
 
@@ -55,7 +55,7 @@ def test_it_is_a_mapping(tmp_path: Path) -> None:
     assert entry.config["lora_alpha"] == 8
     assert bank["legal"].uses_base_weights and bank["legal"].stored_nbytes > bank["legal"].nbytes
     data = (tmp_path / "bank" / entry.shard).read_bytes()[entry.offset : entry.offset + entry.stored_nbytes]
-    assert hashlib.sha256(data).hexdigest() == entry.sha256
+    assert blake3(data).hexdigest() == entry.blake3
     assert "org/base" in repr(bank)
     assert pickle.loads(pickle.dumps(bank)).names == bank.names
 
@@ -128,7 +128,7 @@ def test_lazy_forms_and_generators(tmp_path: Path) -> None:
     bank.add_forms((f"g-{seed}", lora_form(seed), "") for seed in range(3))
     bank.add_forms([])
     assert seen == [(f"t-{seed}", bank["t-0"].nbytes) for seed in range(3)]
-    assert bank["t-2"].sha256 == bank["g-2"].sha256
+    assert bank["t-2"].blake3 == bank["g-2"].blake3
     bank.verify()
     assert shards_of(tmp_path / "bank") == ["bank-0001.safetensors", "bank-0002.safetensors"]
 
@@ -261,7 +261,7 @@ def test_compact_refuses_damaged_adapters(tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[bank["b"].offset + 5] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(BankCorruptedError, match="sha256"):
+    with pytest.raises(BankCorruptedError, match="BLAKE3"):
         bank.compact()
     assert shard.read_bytes() == data and shards_of(tmp_path / "bank") == [shard.name]
 

@@ -123,8 +123,8 @@ def test_broken_bytes_of_the_index(pristine: Path, scratch: Path, data: st.DataO
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], 3, "newer lorakit"),
-        (["format_version"], 1, "Export its adapters again"),
+        (["format_version"], 4, "newer lorakit"),
+        (["format_version"], 2, "Export its adapters again"),
         (["format_version"], "1", "format_version"),
         (["base"], [], "base should be an object"),
         (["base", "id"], None, "id"),
@@ -136,9 +136,10 @@ def test_broken_bytes_of_the_index(pristine: Path, scratch: Path, data: st.DataO
         (["adapters", "a", "offset"], 0, "offset"),
         (["adapters", "a", "nbytes"], 1 << 40, "nbytes"),
         (["adapters", "a", "dtype"], "float64", "dtype"),
+        (["adapters", "a", "base_quantisation"], 4, "base_quantisation"),
         (["adapters", "a", "layout"], "0" * 16, "layout"),
         (["adapters", "a", "layout"], ["x"], "layout"),
-        (["adapters", "a", "sha256"], "F" * 64, "sha256"),
+        (["adapters", "a", "blake3"], "F" * 64, "blake3"),
         (["adapters", "../a"], {}, "no adapter's name"),
         (["layouts"], {"0" * 16: {}}, "does not match its key"),
     ],

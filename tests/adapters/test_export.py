@@ -304,15 +304,6 @@ def test_the_task_type_decides_the_base_class(tmp_path, task):
     config = LoraConfig(task_type=task, target_modules=targets, init_lora_weights=False)
     tenant = get_peft_model(copy.deepcopy(base), config).eval()
     save(tenant, tmp_path / "tenant")
-    if tenant.peft_config["default"].modules_to_save:
-        with pytest.raises(UnsupportedMethodError, match="modules_to_save is not served"):
-            lorakit.export({"x": tmp_path / "tenant"}, tmp_path / "bank")
-        edit_config(tmp_path / "tenant", modules_to_save=None)
-        heads = ("classifier", "score", "qa_outputs")
-        edit_tensors(
-            tmp_path / "tenant",
-            lambda tensors: [tensors.pop(key) for key in list(tensors) if any(head in key for head in heads)],
-        )
     bank = lorakit.export({"x": tmp_path / "tenant"}, tmp_path / "bank")
     assert bank.fingerprint["architecture"] == type(base).__name__
     assert bank.base_id == str(tmp_path / "base")
@@ -321,13 +312,8 @@ def test_the_task_type_decides_the_base_class(tmp_path, task):
     model = lorakit.MultiLoraModel.from_pretrained(tmp_path / "base", bank)
     inputs = ARCHITECTURES[name].inputs(2)
     with torch.no_grad():
-        # The encoder's output: heads that the base lacks are random in each.
-        mine, theirs = (
-            m(**inputs, output_hidden_states=True, **options)
-            for m, options in ((model, {"adapter_ids": "x"}), (tenant, {}))
-        )
-    states = "encoder_hidden_states" if task == "SEQ_2_SEQ_LM" else "hidden_states"
-    assert relative(mine[states][-1], theirs[states][-1]) < 1e-5
+        mine, theirs = (m(**inputs, **options)[0] for m, options in ((model, {"adapter_ids": "x"}), (tenant, {})))
+    assert relative(mine, theirs) < 1e-5, "a head that the base lacks is the tenant's own"
     assert {t.value for t in TaskType} == set(TASKS)
 
 
@@ -373,7 +359,7 @@ def test_the_checkpoint_comes_back_byte_for_byte(tmp_path, what, dtype):
     assert (out / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     assert (out / CONFIG).read_bytes() == (folder / CONFIG).read_bytes()
     again = lorakit.export([out], tmp_path / "again", base_model=base)
-    assert again["out"].sha256 == bank["tenant"].sha256
+    assert again["out"].blake3 == bank["tenant"].blake3
     if dtype == torch.float32:
         loaded = PeftModel.from_pretrained(copy.deepcopy(base_of()), out).eval()
         with torch.no_grad():

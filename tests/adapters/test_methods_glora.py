@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 from peft import GloraConfig
-from peft_folders import edit_config, edit_tensors, key_of, save
-from tenants import check_exact, form_of, tenant_with
+from peft_folders import key_of, replacing, save, without
+from tenants import check_exact, check_refused, tenant_with
 
 from lorakit.errors import CheckpointError, ShapeMismatchError, UnsupportedMethodError
 
@@ -47,17 +47,16 @@ def _folder(tmp_path, **options):
 
 @pytest.mark.parametrize("value", ["lora", ...])
 def test_a_matrix_on_the_weight_is_refused(tmp_path, value):
-    folder = _folder(tmp_path, config_A_B="lora")
-    edit_config(folder, config_A_B=value)
-    with pytest.raises(UnsupportedMethodError, match="config_A_B"):
-        form_of(folder)
+    check_refused(_folder(tmp_path, config_A_B="lora"), UnsupportedMethodError, "config_A_B", {"config_A_B": value})
 
 
 def test_an_output_taken_away_and_replaced_is_refused(tmp_path):
-    folder = _folder(tmp_path)
-    edit_tensors(folder, lambda tensors: tensors[key_of(tensors, "glora_A")].fill_(-1))
-    with pytest.raises(UnsupportedMethodError, match="q_proj"):
-        form_of(folder)
+    check_refused(
+        _folder(tmp_path),
+        UnsupportedMethodError,
+        "q_proj",
+        tensors=lambda tensors: tensors[key_of(tensors, "glora_A")].fill_(-1),
+    )
 
 
 def test_an_output_taken_away(tmp_path):
@@ -69,42 +68,46 @@ def test_an_output_taken_away(tmp_path):
     check_exact(tenant, tmp_path / "tenant")
 
 
-@pytest.mark.parametrize("option", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"rotates": True}], ids=str)
+@pytest.mark.parametrize("option", [{"rotates": True}], ids=str)
 def test_an_option_that_is_not_served_is_refused(tmp_path, option):
-    folder = _folder(tmp_path)
-    edit_config(folder, **option)
-    with pytest.raises(UnsupportedMethodError, match=next(iter(option))):
-        form_of(folder)
+    check_refused(_folder(tmp_path), UnsupportedMethodError, next(iter(option)), option)
 
 
 @pytest.mark.parametrize(
     "option", [{"config_A_B": "sparse"}, {"config_C": "constant"}, {"config_D_E": "lora"}, {"config_C": []}], ids=str
 )
 def test_a_value_that_cannot_be_is_refused(tmp_path, option):
-    folder = _folder(tmp_path)
-    edit_config(folder, **option)
-    with pytest.raises(CheckpointError, match=next(iter(option))):
-        form_of(folder)
+    check_refused(_folder(tmp_path), CheckpointError, next(iter(option)), option)
 
 
 @pytest.mark.parametrize("letter", "ABCDE")
 def test_another_shape_is_refused(tmp_path, letter):
-    folder = _folder(tmp_path)
-    edit_tensors(folder, lambda tensors: tensors.update({key_of(tensors, f"glora_{letter}"): torch.ones(7)}))
-    with pytest.raises(ShapeMismatchError, match=rf"glora_{letter}.*q_proj"):
-        form_of(folder)
+    check_refused(
+        _folder(tmp_path),
+        ShapeMismatchError,
+        rf"glora_{letter}.*q_proj",
+        tensors=replacing(torch.ones(7), f"glora_{letter}"),
+    )
 
 
 @pytest.mark.parametrize("letter", "ABCDE")
 def test_a_missing_tensor_is_named(tmp_path, letter):
-    folder = _folder(tmp_path)
-    edit_tensors(folder, lambda tensors: tensors.pop(key_of(tensors, f"glora_{letter}")))
-    with pytest.raises(CheckpointError, match=rf"q_proj.*glora_{letter}"):
-        form_of(folder)
+    check_refused(_folder(tmp_path), CheckpointError, rf"q_proj.*glora_{letter}", tensors=without(f"glora_{letter}"))
+
+
+def test_a_tensor_without_use_is_refused(tmp_path):
+    check_refused(
+        _folder(tmp_path, config_C="lora", r=1),
+        CheckpointError,
+        r"q_proj has a glora_D\.Xd, which",
+        tensors=lambda t: t.update({key_of(t, "q_proj.glora_D").replace("_D.X", "_D.Xd"): torch.ones(32, 1)}),
+    )
 
 
 def test_what_stands_for_nothing_must_be_zero(tmp_path):
-    folder = _folder(tmp_path, config_A_B="none")
-    edit_tensors(folder, lambda tensors: tensors[key_of(tensors, "glora_B")].fill_(1))
-    with pytest.raises(CheckpointError, match=r"glora_B\.zeros"):
-        form_of(folder)
+    check_refused(
+        _folder(tmp_path, config_A_B="none"),
+        CheckpointError,
+        r"glora_B\.zeros",
+        tensors=lambda tensors: tensors[key_of(tensors, "glora_B")].fill_(1),
+    )

@@ -3,8 +3,8 @@
 import pytest
 import transformers
 from peft import IA3Config, get_peft_model
-from peft_folders import edit_config, save
-from tenants import check_exact, form_of, tenant_with
+from peft_folders import save
+from tenants import check_exact, check_refused, form_of, tenant_with
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import convert
@@ -53,14 +53,18 @@ def test_a_gated_mlp_that_does_more_between_its_products_is_refused(tmp_path):
 
 @pytest.mark.parametrize("value", [None, "(", "a{99999999999}", 3, [1]], ids=str)
 def test_feedforward_modules_that_cannot_be_are_refused(tmp_path, value):
-    folder = save(tenant_with(IA3Config(target_modules=["k_proj"], feedforward_modules=[])), tmp_path / "tenant")
-    edit_config(folder, feedforward_modules=value)
-    with pytest.raises(CheckpointError, match="feedforward_modules"):
-        form_of(folder)
+    check_refused(
+        save(tenant_with(IA3Config(target_modules=["k_proj"], feedforward_modules=[])), tmp_path / "tenant"),
+        CheckpointError,
+        "feedforward_modules",
+        {"feedforward_modules": value},
+    )
 
 
 def test_an_unknown_option_is_refused(tmp_path):
-    folder = save(tenant_with(IA3Config(target_modules=["k_proj"], feedforward_modules=[])), tmp_path / "tenant")
-    edit_config(folder, rotates=True)
-    with pytest.raises(UnsupportedMethodError, match="rotates"):
-        form_of(folder)
+    check_refused(
+        save(tenant_with(IA3Config(target_modules=["k_proj"], feedforward_modules=[])), tmp_path / "tenant"),
+        UnsupportedMethodError,
+        "rotates",
+        {"rotates": True},
+    )

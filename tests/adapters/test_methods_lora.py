@@ -11,11 +11,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, METHODS
+from architectures import ARCHITECTURES, FACTORS
 from compatibility import refused
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, LoraModel, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_folders import CONFIG, base_of, edit_config, edit_tensors, key_of, relative, save, small, tenant_of, tree
 from torch import nn
 
@@ -24,6 +25,9 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import convert
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import FAMILIES, lora_options
+from lorakit.adapters.methods.options import COMMON
+from lorakit.adapters.methods.targets import targeted
+from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import (
     CheckpointError,
     LorakitError,
@@ -56,7 +60,7 @@ def dora_folder(tmp_path):
 # Exactness, in fp64
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt", "t5"])
 @torch.no_grad()
 def test_the_form_is_what_peft_merges(name, method):
@@ -139,9 +143,12 @@ def test_the_default_config_of_the_installed_peft_converts(folder):
     assert form_of(folder).method == "lora"
 
 
+KNOWN = COMMON | {"bias", *lora_options._HARMLESS.split(), *(option.name for option in lora_options._OPTIONS)}
+
+
 @pytest.mark.parametrize("field", sorted(field.name for field in dataclasses.fields(LoraConfig)))
 def test_every_field_of_lora_config_is_known_or_refused_when_set(folder, field):
-    if field in lora_options._HARMLESS:
+    if field in KNOWN:
         assert field not in lora_options._REFUSED
         return
     if field == "trainable_token_indices":  # taken out before LoRA sees it
@@ -161,22 +168,20 @@ def test_no_field_is_called_harmless_that_this_list_does_not_name():
         "bias use_rslora rank_pattern alpha_pattern use_dora lora_bias use_bdlora use_qalora qalora_group_size "
         "kasa_config",
         "given by the base": "fan_in_fan_out ensure_weight_tying",
+        "read for all methods": "modules_to_save",
         "parts of refused options": "megatron_core",
     }
-    assert set(" ".join(looked_at.values()).split()) == lora_options._HARMLESS
+    assert set(" ".join(looked_at.values()).split()) == KNOWN
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is not served"),
         ({"target_parameters": ["experts.up"]}, "target_parameters is not served"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is not served"),
         ({"arrow_config": {"top_k": 1}}, "arrow_config is not served"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is not served"),
         ({"megatron_config": {"a": 1}}, "megatron_config is not served"),
-        ({"bias": "all"}, "bias='all'.*lora_bias=True"),
-        ({"bias": "lora_only"}, "bias='lora_only'.*lora_bias=True"),
         ({"init_lora_weights": "pissa_niter_4"}, "random state.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "PISSA"}, "PiSSA.*path_initial_model"),
         ({"init_lora_weights": "olora_2"}, "OLoRA.*path_initial_model"),
@@ -346,8 +351,8 @@ def move(tensors, old, new, *parts):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda t: drop(t, "0.self_attn.q_proj.lora_A"), CheckpointError, "0.self_attn.q_proj has no LoRA A"),
-        (lambda t: drop(t, "1.mlp.down_proj.lora_B"), CheckpointError, "1.mlp.down_proj has no LoRA B"),
+        (lambda t: drop(t, "0.self_attn.q_proj.lora_A"), CheckpointError, "0.self_attn.q_proj has no lora_A.weight;"),
+        (lambda t: drop(t, "1.mlp.down_proj.lora_B"), CheckpointError, "1.mlp.down_proj has no lora_B.weight;"),
         (
             lambda t: [drop(t, "1.mlp.down_proj.") for _ in "ab"],
             CheckpointError,
@@ -363,7 +368,7 @@ def move(tensors, old, new, *parts):
         (lambda t: move(t, ".lora_A.", ".lora_A.default."), CheckpointError, "lora_A.default.weight' is not part"),
         (lambda t: move(t, ".lora_A.", ".lora_C."), CheckpointError, "lora_C.weight' is not part"),
         (lambda t: move(t, ".lora_A.weight", ".lora_E"), CheckpointError, "lora_E' is not part"),
-        (lambda t: move(t, ".lora_B.weight", ".lora_magnitude_vector"), CheckpointError, "has no LoRA B"),
+        (lambda t: move(t, ".lora_B.weight", ".lora_magnitude_vector"), CheckpointError, "has no lora_B.weight;"),
         (
             lambda t: [move(t, "layers.1.", "layers.9.") for _ in range(4)],
             ModuleNotFoundInBaseError,
@@ -389,12 +394,12 @@ def move(tensors, old, new, *parts):
         (
             lambda t: t.update({key_of(t, "lora_B")[:-6] + "bias": torch.ones(32)}),
             CheckpointError,
-            "lora_bias and the bias of",
+            "down_proj has a lora_B.bias, which",
         ),
         (
             lambda t: t.update({key_of(t, "lora_B")[:-13] + "lora_magnitude_vector": torch.ones(32)}),
             CheckpointError,
-            "use_dora and the magnitude vector of",
+            "down_proj has a lora_magnitude_vector, which",
         ),
     ],
 )
@@ -420,6 +425,41 @@ def test_all_linear_must_be_met_whole(tmp_path):
     edit_tensors(folder, lambda tensors: [drop(tensors, "1.mlp.down_proj.") for _ in "ab"])
     with pytest.raises(CheckpointError, match="lack 1 of the modules .*'model.layers.1.mlp.down_proj'"):
         form_of(folder)
+
+
+@pytest.mark.parametrize("excluded", [["down_proj"], ["layers.0.mlp.up_proj", "lm_head"], r".*\.0\..*"], ids=str)
+def test_exceptions_of_all_linear_are_pefts(tmp_path, excluded):
+    """PEFT saves the names in its place, and takes both."""
+    tenant = small(target_modules="all-linear", exclude_modules=excluded)
+    folder = save(tenant, tmp_path / "tenant")
+    expected = form_of(folder).modules.keys()
+    assert len(expected) < 14
+    edit_config(folder, target_modules="All-Linear")
+    assert form_of(folder).modules.keys() == expected
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base_of()), folder).base_model.model
+    assert {path for path, module in loaded.named_modules() if isinstance(module, BaseTunerLayer)} == expected
+    edit_config(folder, exclude_modules=None)
+    with pytest.raises(CheckpointError, match="the weights lack"):
+        form_of(folder)
+
+
+def test_layers_of_all_linear_are_refused_as_by_peft(tmp_path):
+    folder = save(small(target_modules="all-linear"), tmp_path / "tenant")
+    edit_config(folder, target_modules="all-linear", layers_to_transform=[0])
+    with pytest.raises(CheckpointError, match="PEFT does not take .*layers_to_transform"):
+        form_of(folder)
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        PeftConfig.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_all_linear_leaves_out_the_classifier_where_peft_does(name, task_type):
+    config = {"target_modules": "all-linear", "task_type": task_type}
+    tuned = LoraModel(copy.deepcopy(base_of(name)), LoraConfig(**config), "default").model
+    adapted = {path for path, module in tuned.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert targeted(Checkpoint("tenant", config, {}), BaseModel.of(base_of(name))) == adapted
+    assert ("classifier" in adapted) == (name == "bert" and task_type is None)
 
 
 @pytest.mark.parametrize(
@@ -545,7 +585,7 @@ def test_weights_that_overflow_the_dtype_asked_for_are_said_so(folder):
 
 def test_dora_without_its_magnitudes_and_with_a_bias(dora_folder):
     edit_tensors(dora_folder, lambda t: drop(t, "magnitude"))
-    with pytest.raises(CheckpointError, match="use_dora and the magnitude vector of .*down_proj do not agree"):
+    with pytest.raises(CheckpointError, match="down_proj has no lora_magnitude_vector;"):
         form_of(dora_folder)
 
 

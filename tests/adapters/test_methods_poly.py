@@ -6,13 +6,13 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from peft import PeftModel, PolyConfig
-from peft_folders import base_of, edit_config, edit_tensors, key_of, relative, save
+from peft_folders import base_of, edit_config, key_of, relative, save, without
 from safetensors.torch import load_file
-from tenants import WEIGHTS, form_of, tenant_with
+from tenants import WEIGHTS, check_refused, form_of, tenant_with
 
 from lorakit import MultiLoraModel
 from lorakit.adapters.methods import restore
-from lorakit.errors import CheckpointError, ShapeMismatchError, UnsupportedMethodError
+from lorakit.errors import CheckpointError, ConfigError, ShapeMismatchError, UnsupportedMethodError
 
 
 def config_of(**options):
@@ -59,10 +59,44 @@ def folder(tmp_path):
     return save(tenant_with(config_of()), tmp_path / "tenant")
 
 
-def test_several_tasks_are_refused(tmp_path):
+@pytest.mark.parametrize(("name", "options"), [("llama", {"n_skills": 3, "n_splits": 2}), ("t5", {"targets": "q"})])
+@torch.no_grad()
+def test_every_task_of_several_equals_peft(tmp_path, name, options):
+    target = options.pop("targets", "down_proj")
+    tenant = tenant_with(config_of(n_tasks=3, target_modules=[target], **options), name, spread=0.5)
+    folder = save(tenant, tmp_path / "tenant")
+    reference = PeftModel.from_pretrained(copy.deepcopy(base_of(name)), folder).eval().double()
+    inputs = ARCHITECTURES[name].inputs(2)
+    model = MultiLoraModel(copy.deepcopy(base_of(name)))
+    for task in range(3):
+        model.load_adapter(f"task-{task}", folder, task_id=task)
+    plain = base_of(name)(**inputs).logits
+    expected = [reference.base_model(**inputs, task_ids=torch.tensor([task, task])).logits for task in range(3)]
+    for task in range(3):
+        assert relative(expected[task], expected[task - 1]) > 1e-3, "the tasks are the same, so nothing is tested"
+        mixed = model(**inputs, adapter_ids=[f"task-{task}", None]).logits
+        assert relative(mixed[0], expected[task][0]) <= 2e-5
+        assert relative(mixed[1], plain[1]) <= 1e-6
+    mixed = model(**inputs, adapter_ids=["task-2", "task-0"]).logits
+    assert relative(mixed[0], expected[2][0]) <= 2e-5 and relative(mixed[1], expected[0][1]) <= 2e-5
+    form = form_of(folder, name, task_id=2)
+    assert form.task_id == 2
+    stored, given = load_file(folder / WEIGHTS), restore(form)
+    assert given.keys() == stored.keys() and all(torch.equal(given[key], stored[key]) for key in stored)
+
+
+def test_several_tasks_and_none_chosen(tmp_path):
     folder = save(tenant_with(config_of(n_tasks=3)), tmp_path / "tenant")
-    with pytest.raises(UnsupportedMethodError, match="n_tasks=3 is not served: .* a task id is needed"):
+    with pytest.raises(UnsupportedMethodError, match="this POLY has 3 tasks.* choose one by its task_id, 0 to 2"):
         form_of(folder)
+    with pytest.raises(ConfigError, match="tenant: task_id=3 was chosen, but this POLY has 3 tasks, 0 to 2"):
+        form_of(folder, task_id=3)
+
+
+def test_the_only_task_may_be_named(folder):
+    assert form_of(folder, task_id=0).task_id is None
+    with pytest.raises(ConfigError, match="task_id=1 was chosen, but this POLY has 1 task, 0"):
+        form_of(folder, task_id=1)
 
 
 @pytest.mark.parametrize(
@@ -85,40 +119,32 @@ def test_several_tasks_are_refused(tmp_path):
     ids=str,
 )
 def test_bad_values_in_the_configuration(folder, changes):
-    edit_config(folder, **changes)
-    with pytest.raises(CheckpointError, match=rf"tenant: .*{next(iter(changes))}"):
-        form_of(folder)
+    check_refused(folder, CheckpointError, rf"tenant: .*{next(iter(changes))}", changes)
 
 
-@pytest.mark.parametrize("changes", [{"modules_to_save": ["lm_head"]}, {"routes": True}], ids=str)
+@pytest.mark.parametrize("changes", [{"routes": True}], ids=str)
 def test_options_that_are_not_served(folder, changes):
-    edit_config(folder, **changes)
-    with pytest.raises(UnsupportedMethodError, match=next(iter(changes))):
-        form_of(folder)
+    check_refused(folder, UnsupportedMethodError, next(iter(changes)), changes)
 
 
-@pytest.mark.parametrize(
-    ("item", "name"),
-    [("poly_lora_A", "A"), ("poly_lora_B", "B"), ("poly_router.module_logits", "the router")],
-)
-def test_tensors_that_are_missing_or_of_another_shape(folder, item, name):
+@pytest.mark.parametrize("item", ["poly_lora_A", "poly_lora_B", "poly_router.module_logits"])
+def test_tensors_that_are_missing_or_of_another_shape(folder, item):
     def cut(tensors):
         key = key_of(tensors, "0.mlp.down_proj", item)
         tensors[key] = tensors[key][..., :-1]
 
-    edit_tensors(folder, cut)
-    with pytest.raises(ShapeMismatchError, match=rf"tenant: {name} of model.layers.0.mlp.down_proj has shape"):
-        form_of(folder)
-    edit_tensors(folder, lambda tensors: tensors.pop(key_of(tensors, "0.mlp.down_proj", item)))
-    with pytest.raises(CheckpointError, match=rf"model.layers.0.mlp.down_proj has no {item}"):
-        form_of(folder)
+    check_refused(folder, ShapeMismatchError, rf"tenant: {item} of model.layers.0.mlp.down_proj has shape", tensors=cut)
+    check_refused(
+        folder,
+        CheckpointError,
+        rf"model.layers.0.mlp.down_proj has no {item}",
+        tensors=without("0.mlp.down_proj", item),
+    )
 
 
 @pytest.mark.parametrize("changes", [{"r": 5}, {"n_skills": 3}, {"n_splits": 2}], ids=str)
 def test_a_configuration_of_other_sizes(folder, changes):
-    edit_config(folder, **changes)
-    with pytest.raises(ShapeMismatchError, match="tenant: A of"):
-        form_of(folder)
+    check_refused(folder, ShapeMismatchError, "tenant: poly_lora_A of", changes)
 
 
 def test_a_conv1d_is_refused_as_by_peft(folder):
@@ -131,6 +157,6 @@ def test_a_conv1d_is_refused_as_by_peft(folder):
                 moved = key.replace("model.model.layers", "model.transformer.h")
                 tensors[moved.replace("self_attn.q_proj", "attn.c_attn")] = tensor
 
-    edit_tensors(folder, move)
-    with pytest.raises(UnsupportedMethodError, match="no POLY for .*c_attn, which is no nn.Linear"):
-        form_of(folder, "gpt2")
+    check_refused(
+        folder, UnsupportedMethodError, "no POLY for .*c_attn, which is no nn.Linear", tensors=move, name="gpt2"
+    )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +12,13 @@ from forms import lora_form, odd_form, same_bits
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lorakit.adapters import shard
 from lorakit.adapters.entry import AdapterEntry, place_extras
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.layout import Layout, weight_dtype
-from lorakit.adapters.shard import ShardFacts, ShardSeries, form_chunks, read_header, read_range
-from lorakit.errors import BankCorruptedError
+from lorakit.adapters.packing import blocks
+from lorakit.adapters.shard import ShardFacts, ShardSeries, read_header, read_range
+from lorakit.errors import BankCorruptedError, BankError
 
 
 def entry_of(name: str, form: AdapterForm) -> AdapterEntry:
@@ -30,7 +34,7 @@ def write(
     with ShardSeries(folder, 1, **options) as series:
         for count, (name, form) in enumerate(forms.items(), start=1):
             entry = entry_of(name, form)
-            series.add(entry, form_chunks(entry, form), len(forms) - count if more is None else more, len(name))
+            series.add(entry, blocks(entry, form), len(forms) - count if more is None else more, len(name))
         return series.finish()
 
 
@@ -85,7 +89,7 @@ def test_tensors_in_other_orders_of_memory(tmp_path: Path) -> None:
     turned = {path: replace(module, a=module.a.T.contiguous().T) for path, module in form.modules.items()}
     entries, _ = write(tmp_path, {"x": AdapterForm("lora", turned, {})})
     same, _ = write(tmp_path, {"x": AdapterForm("lora", form.modules, {})})
-    assert entries[0].sha256 == same[0].sha256
+    assert entries[0].blake3 == same[0].blake3
 
 
 def test_the_header_wastes_nothing_for_one_recipe(tmp_path: Path) -> None:
@@ -163,3 +167,21 @@ def test_broken_headers_are_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(BankCorruptedError, match="cannot be read"):
         read_header(path, 1)
+
+
+def test_a_sync_that_failed_meanwhile_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The system tells of lost bytes once: the sync at the end succeeds again.
+    calls: list[int] = []
+    real = os.fsync
+
+    def fail_once(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        real(handle)
+
+    monkeypatch.setattr(shard, "_SYNC_BYTES", 0)
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(BankError, match="Input/output error"):
+        write(tmp_path, {f"t-{index}": lora_form(index) for index in range(5)})
+    assert calls and not list(tmp_path.glob("*.safetensors"))

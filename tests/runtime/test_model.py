@@ -212,7 +212,7 @@ def test_an_adapter_replaced_under_its_name_is_never_served_stale(base, bank, tm
     new = model(input_ids=ids, adapter_ids="a").logits
     torch.testing.assert_close(new, other(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(old, new)
-    assert model._pool.keys == [bank["a"].sha256]  # and the old one's memory is free
+    assert model._pool.keys == [bank["a"].blake3]  # and the old one's memory is free
 
 
 def test_a_banks_adapter_can_be_unloaded_and_loaded_again(base, bank):
@@ -235,7 +235,7 @@ def test_a_full_pool_evicts_what_was_used_longest_ago(base, bank):
         expected = unlimited(input_ids=ids, adapter_ids=names).logits
         assert torch.equal(model(input_ids=ids, adapter_ids=names).logits, expected)
         assert model._pool.nbytes <= room
-    assert model._pool.keys == [bank[name].sha256 for name in ("c", "a")]
+    assert model._pool.keys == [bank[name].blake3 for name in ("c", "a")]
     with pytest.raises(PoolFullError, match="adapter_memory"):
         model(input_ids=prompts(3), adapter_ids=["a", "b", "c"])
     model(input_ids=ids, adapter_ids=["a", "c"])

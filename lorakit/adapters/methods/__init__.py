@@ -5,9 +5,10 @@ A family's module is found by the checkpoint's PEFT type, and offers
     convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm
     restore(form: AdapterForm) -> dict[str, torch.Tensor]      # keys as in a Checkpoint
 
-`restore` may be left out where the form keeps the checkpoint's tensors as its extras. To add a family here, write its
-file and name it in `FAMILIES`. A package of your own adds one by an entry point of the group "lorakit.methods", named
-as the PEFT type is, whose object has these functions.
+`restore` may be left out where the form keeps the checkpoint's tensors as its extras. A family that leaves something to
+the user names it in `CHOICES`, a tuple of attributes of `Choices`, and `convert` takes these as keyword arguments. To
+add a family here, write its file and name it in `FAMILIES`. A package of your own adds one by an entry point of the
+group "lorakit.methods", named as the PEFT type is, whose object has these functions.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from lorakit.adapters.base import BaseModel
+from lorakit.adapters.choices import NONE, Choices
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.layout import weight_dtype
 from lorakit.adapters.methods import (
@@ -29,6 +31,7 @@ from lorakit.adapters.methods import (
     beft,
     deft,
     delora,
+    full_rank,
     glora,
     gralora,
     hra,
@@ -52,7 +55,7 @@ from lorakit.adapters.methods import (
     whole,
 )
 from lorakit.adapters.peft_reader import Checkpoint, full_key
-from lorakit.errors import UnsupportedMethodError
+from lorakit.errors import ConfigError, UnsupportedMethodError
 
 FAMILIES: Mapping[str, Any] = {
     "ADALORA": adalora,
@@ -78,6 +81,7 @@ FAMILIES: Mapping[str, Any] = {
     "UNILORA": unilora,
     "VBLORA": vblora,
     "VERA": vera,
+    **dict.fromkeys(full_rank.METHODS, full_rank),
 }
 """PEFT type → the module of its family."""
 
@@ -86,33 +90,44 @@ _DTYPE = ".dtype"
 
 _PROMPTS = "it adds virtual tokens or a side network, and changes no module's weights"
 _ROUTERS = "its router decides anew for every token, so it has no fixed form"
-_FULL_RANK = "its change of a weight has full rank, or nearly, so it has no exact low-rank form"
 _REFUSED = {
     **dict.fromkeys(
         ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"], _PROMPTS
     ),
     **dict.fromkeys(["ADAPTION_PROMPT", "SHADOW"], _PROMPTS),
     **dict.fromkeys(["XLORA", "LILY"], _ROUTERS),
-    **dict.fromkeys("RANDLORA FOURIERFT WAVEFT C3A HIRA FROD SHIRA SUPERTUNING OFT BOFT ROAD OSF".split(), _FULL_RANK),
 }
 
 
-def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
+def convert(checkpoint: Checkpoint, base: BaseModel, choices: Choices = NONE) -> AdapterForm:
     """Converts a checkpoint by the family of its PEFT type.
+
+    Args:
+        checkpoint: the checkpoint.
+        base: the base that it was trained on.
+        choices: what the user chose; what has an exact form stays exact.
 
     Raises:
         UnsupportedMethodError: no family for this type, or an option of it that has no exact form.
+        ConfigError: a task was chosen of a method that has none, or one that is not there.
         CheckpointError: keys are missing, unknown, or do not fit the base.
     """
     family = _family(checkpoint.peft_type)
     if family is None:
         reason = _REFUSED.get(checkpoint.peft_type, f"lorakit converts {', '.join(sorted(FAMILIES))}")
         raise UnsupportedMethodError(f"{checkpoint.source}: PEFT's {checkpoint.peft_type} is not served: {reason}.")
+    taken = getattr(family, "CHOICES", ())
+    if choices.task_id is not None and "task_id" not in taken:
+        raise ConfigError(
+            f"{checkpoint.source}: task_id={choices.task_id} was chosen, but a {checkpoint.peft_type} has no tasks; "
+            "leave it out."
+        )
+    chosen = {name: getattr(choices, name) for name in taken}
     # Whatever PEFT saves beside a method's own tensors is set apart, and put back in the other order.
     resized = vocabulary.set_apart(checkpoint, base)
     without_tokens = tokens.set_apart(resized.checkpoint, resized.base)
     apart = whole.set_apart(without_tokens.checkpoint, resized.base)
-    own: AdapterForm = family.convert(apart.checkpoint, apart.base)
+    own: AdapterForm = family.convert(apart.checkpoint, apart.base, **chosen)
     form = whole.put_back(own, apart, without_tokens.checkpoint, resized.base)
     form = tokens.put_back(form, without_tokens, resized.checkpoint, resized.base)
     form = vocabulary.put_back(form, resized, checkpoint, base)
@@ -122,7 +137,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
 
 
 def restore(form: AdapterForm, base: Callable[[], BaseModel] = vocabulary.no_base) -> dict[str, torch.Tensor]:
-    """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported.
+    """The PEFT checkpoint of a form: PEFT key → tensor, bit for bit as it was exported, without copies of the base.
 
     Args:
         form: the form.

@@ -66,10 +66,10 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         raise UnsupportedMethodError(
             f"{checkpoint.source}: init_lora_weights={shown(init)} is not served for AdaLoRA; use true or false."
         )
-    grouped = parts_of(checkpoint, base, "an AdaLoRA", _ITEMS).modules
-    ranks = _ranks(checkpoint, grouped)
-    modules = {path: _module(checkpoint, base, path, items, ranks[path]) for path, items in grouped.items()}
-    return AdapterForm("adalora", modules, dict(checkpoint.config), dict(checkpoint.tensors))
+    grouped = parts_of(checkpoint, base, "an AdaLoRA", _ITEMS)
+    ranks = _ranks(checkpoint, grouped.modules)
+    modules = {path: _module(checkpoint, base, path, items, ranks[path]) for path, items in grouped.modules.items()}
+    return AdapterForm("adalora", modules, dict(checkpoint.config), grouped.kept)
 
 
 def _ranks(checkpoint: Checkpoint, paths: Mapping[str, Any]) -> dict[str, int]:

@@ -25,7 +25,7 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods.linears import linear_at
 from lorakit.adapters.methods.options import Option, check_config, is_whole, rank
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import check_items, check_shape, module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import CheckpointError, MissingDependencyError
 
@@ -50,9 +50,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     seed = Option("random_seed", is_whole, "a whole number of at most 31 bits")
     check_config(checkpoint, AdamssConfig, [rank("r"), rank("num_subspaces"), seed], harmless=_TRAINING)
     numbered = {match[0] for key in checkpoint.tensors if (match := re.search(r"adamss_[AB]\.\d+$", key))}
-    grouped = parts_of(checkpoint, base, "an AdaMSS", [_V, *sorted(numbered)]).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("adamss", modules, dict(checkpoint.config), dict(checkpoint.tensors), uses_base_weights=True)
+    grouped = parts_of(checkpoint, base, "an AdaMSS", [_V, *sorted(numbered)])
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("adamss", modules, dict(checkpoint.config), grouped.kept, uses_base_weights=True)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
@@ -66,12 +66,7 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     """
     source, place = checkpoint.source, linear_at(checkpoint, base, path)
     count = min(checkpoint.config["num_subspaces"], place.out_features)
-    wanted = {_V, *(f"adamss_{letter}.{i}" for letter in "AB" for i in range(count))}
-    if items.keys() != wanted:
-        odd = min(items.keys() ^ wanted)
-        raise CheckpointError(
-            f"{source}: {path} {'lacks' if odd in wanted else 'should not have'} {odd}; save the adapter again."
-        )
+    check_items(checkpoint, path, items, [_V, *(f"adamss_{letter}.{i}" for letter in "AB" for i in range(count))])
     v, clusters = _decomposition(checkpoint, base, path, count)
     check_shape(source, f"{_V} of {path}", items[_V], tuple(v.shape))
     if (torch.linalg.vector_norm(items[_V].float() - v, dim=1) > _SAME).any():

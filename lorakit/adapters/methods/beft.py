@@ -22,9 +22,10 @@ _ITEM = "beft_bias"
 def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     """Converts a BEFT checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     check_config(checkpoint, BeftConfig, [], harmless="init_weights")
+    grouped = parts_of(checkpoint, base, "a BEFT", [_ITEM])
     modules = {}
-    for path, items in parts_of(checkpoint, base, "a BEFT", [_ITEM]).modules.items():
+    for path, items in grouped.modules.items():
         place, bias = linear_at(checkpoint, base, path), items[_ITEM]
         check_shape(checkpoint.source, f"the BEFT bias of {path}", bias, (1, place.out_features))
         modules[path] = module_form(place, d=bias.flatten())
-    return AdapterForm("beft", modules, dict(checkpoint.config), dict(checkpoint.tensors))
+    return AdapterForm("beft", modules, dict(checkpoint.config), grouped.kept)

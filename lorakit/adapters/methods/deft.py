@@ -17,11 +17,10 @@ from peft import DeftConfig
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods.linears import linear_at
+from lorakit.adapters.methods.linears import linear_at, tensors_at
 from lorakit.adapters.methods.options import Option, check_config, flag, is_number, rank
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
-from lorakit.errors import CheckpointError
 
 _P, _R = "deft_P", "deft_R"
 _METHOD = Option("decomposition_method", ("relu", "qr").__contains__, "'relu' or 'qr'", needed=True)
@@ -32,12 +31,10 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     alpha = Option("alpha", is_number, "a number that fp32 can hold")
     options = [rank("r"), _METHOD, alpha, flag("para")]
     check_config(checkpoint, DeftConfig, options, harmless="init_scale deft_dropout init_weights")
-    modules = {
-        path: _module(checkpoint, base, path, items)
-        for path, items in parts_of(checkpoint, base, "a DEFT", [_P, _R]).modules.items()
-    }
+    grouped = parts_of(checkpoint, base, "a DEFT", [_P, _R])
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
     method = "para" if checkpoint.config.get("para") else "deft"
-    return AdapterForm(method, modules, dict(checkpoint.config), dict(checkpoint.tensors), uses_base_weights=True)
+    return AdapterForm(method, modules, dict(checkpoint.config), grouped.kept, uses_base_weights=True)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
@@ -49,21 +46,14 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         path: the module's path.
         items: the end of the key → tensor: P (out, r), and R (r, in) but for PaRa.
     """
-    config, source = checkpoint.config, checkpoint.source
-    place = linear_at(checkpoint, base, path)
+    config, place = checkpoint.config, linear_at(checkpoint, base, path)
     rows = min(config["r"], place.out_features)
     wanted = {_P: (place.out_features, rows)} | ({} if config.get("para") else {_R: (rows, place.in_features)})
-    if items.keys() != wanted.keys():
-        raise CheckpointError(
-            f"{source}: {path} has {' and '.join(sorted(items))} instead of {' and '.join(wanted)}; the file is "
-            "incomplete, or para was changed."
-        )
-    for item, shape in wanted.items():
-        check_shape(source, f"{item} of {path}", items[item], shape)
+    tensors = tensors_at(checkpoint, path, items, wanted)
     # PEFT takes Q in fp32 from whatever it is given. The signs of its columns matter, so fp32 here too.
-    p = items[_P].float()
+    p = tensors[_P].float()
     q, left = (p, torch.relu(p)) if config["decomposition_method"] == "relu" else (torch.linalg.qr(p)[0],) * 2
     a = -(left.T @ base.weight(path).to("cpu", torch.float32))
-    if _R in items:
-        a += (config["alpha"] / rows if config.get("alpha") else 1.0) * items[_R].float()
+    if _R in tensors:
+        a += (config["alpha"] / rows if config.get("alpha") else 1.0) * tensors[_R].float()
     return module_form(place, a, q)

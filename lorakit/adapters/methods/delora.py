@@ -35,9 +35,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         # λ is trained, and so in the tensors; the configuration has what it began with.
         harmless="delora_lambda lambda_pattern init_weights module_dropout",
     )
-    grouped = parts_of(checkpoint, base, "a DeLoRA", _ITEMS).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("delora", modules, dict(checkpoint.config), dict(checkpoint.tensors))
+    grouped = parts_of(checkpoint, base, "a DeLoRA", _ITEMS)
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("delora", modules, dict(checkpoint.config), grouped.kept)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:

@@ -3,13 +3,14 @@
 y = (W + a ⊙ W + p 1ᵀ) x + b + b ⊙ D + E + W C, with a and p one number an output or one for all
 (peft.tuners.glora.layer.GloraLinear; PEFT writes A and B for them). So c = 1 + a, rank-1 factors A = 1ᵀ and B = p / c,
 and d = b ⊙ (D − a) + E + W C. Where the base has no bias, PEFT adds neither C nor D nor E. With config_A_B="lora" a is
-a matrix, and a ⊙ W has full rank.
+a matrix, and a ⊙ W has full rank: it is refused, or approximated by SVD where that is asked for.
 
 Source: Chavan et al. 2023 (arXiv 2306.07967).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import reduce
 
@@ -18,36 +19,54 @@ from peft import GloraConfig
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods.linears import linear_at
+from lorakit.adapters.methods.full_rank import approximated
+from lorakit.adapters.methods.full_rank_options import Method
+from lorakit.adapters.methods.linears import linear_at, tensors_at
 from lorakit.adapters.methods.options import Option, check_config, rank
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import module_form, parts_of
+from lorakit.adapters.methods.svd import refusal
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
 from lorakit.errors import CheckpointError, UnsupportedMethodError
 
+CHOICES = ("svd_energy",)
+
 _KINDS = ("lora", "vector", "constant", "none")
+_ENDINGS = tuple(f"glora_{path}.{ending}" for path in "ABCDE" for ending in ("X", "Xd", "Xu", "zeros"))
 
 
-def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
+def convert(checkpoint: Checkpoint, base: BaseModel, svd_energy: float | None = None) -> AdapterForm:
     """Converts a GLoRA checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     config = checkpoint.config
     if config.get("config_A_B", "lora") == "lora":  # PEFT's default
-        raise UnsupportedMethodError(
-            f"{checkpoint.source}: config_A_B='lora' is not served: it multiplies the base's weight by a matrix, "
-            "element by element, which has no low-rank form; train with 'vector', 'constant' or 'none'."
+        if svd_energy is not None:
+            return approximated(checkpoint, base, _MATRIX, svd_energy)
+        raise refusal(
+            checkpoint,
+            "config_A_B='lora' multiplies the base's weight by a matrix, element by element, which has no low-rank "
+            "form; train with 'vector', 'constant' or 'none'",
         )
-    choices = [_choice(f"config_{name}") for name in ("A_B", "C", "D_E")]
-    check_config(checkpoint, GloraConfig, [rank("r"), *choices], harmless="init_weights")
-    endings = [f"glora_{path}.{ending}" for path in "ABCDE" for ending in ("X", "Xd", "Xu", "zeros")]
+    check_config(checkpoint, GloraConfig, [rank("r"), _choice("config_A_B"), *_CHOSEN], harmless="init_weights")
+    grouped = parts_of(checkpoint, base, "a GLoRA", _ENDINGS)
     modules = {}
-    for path, items in parts_of(checkpoint, base, "a GLoRA", endings).modules.items():
+    for path, items in grouped.modules.items():
         modules[path] = _module(checkpoint, base, path, items)
-    return AdapterForm("glora", modules, dict(config), dict(checkpoint.tensors), uses_base_weights=True)
+    return AdapterForm("glora", modules, dict(config), grouped.kept, uses_base_weights=True)
 
 
 def _choice(name: str) -> Option:
     """Which values each may have, PEFT's own class tests."""
     return Option(name, lambda value: isinstance(value, str) and value in _KINDS, "one of PEFT's names", needed=True)
+
+
+_CHOSEN = (_choice("config_C"), _choice("config_D_E"))
+_MATRIX = Method(
+    _ENDINGS,
+    (rank("r"), dataclasses.replace(_choice("config_A_B"), needed=False), *_CHOSEN),
+    "init_weights",
+    reads_base=True,
+    size="r",
+)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
@@ -64,9 +83,12 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     kinds = dict.fromkeys("AB", config["config_A_B"]) | dict.fromkeys("CDE", "none")
     if bias is not None:  # else PEFT has nothing in the place of C, D and E
         kinds |= {"C": config["config_C"]} | dict.fromkeys("DE", config["config_D_E"])
+    shapes = {letter: _shapes(letter, kind, place, config["r"]) for letter, kind in kinds.items()}
+    tensors = tensors_at(
+        checkpoint, path, items, {key: shape for each in shapes.values() for key, shape in each.items()}
+    )
     scale, shift, coupling, factor, term = (
-        _value(checkpoint, items, path, letter, _shapes(letter, kind, place, config["r"]))
-        for letter, kind in kinds.items()
+        _value(checkpoint, path, {item: tensors[item] for item in each}) for each in shapes.values()
     )
 
     c = (1 + scale).expand(place.out_features)
@@ -92,31 +114,19 @@ def _shapes(letter: str, kind: str, place: Place, rank: int) -> dict[str, tuple[
     height, width = place.out_features, place.in_features
     size = width if letter == "C" else height
     if kind == "none":
-        return {"zeros": (height, width) if letter in "AB" else (width, 1) if letter == "C" else (height,)}
+        return {
+            f"glora_{letter}.zeros": (height, width) if letter in "AB" else (width, 1) if letter == "C" else (height,)
+        }
     if kind == "lora":
-        return {"Xd": (size, rank), "Xu": (rank, 1)}
-    return {"X": (1,) if kind == "constant" else (size,) if letter in "DE" else (size, 1)}
+        return {f"glora_{letter}.Xd": (size, rank), f"glora_{letter}.Xu": (rank, 1)}
+    return {f"glora_{letter}.X": (1,) if kind == "constant" else (size,) if letter in "DE" else (size, 1)}
 
 
-def _value(
-    checkpoint: Checkpoint,
-    items: Mapping[str, torch.Tensor],
-    path: str,
-    letter: str,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> torch.Tensor:
+def _value(checkpoint: Checkpoint, path: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What one of PEFT's paths computes, in fp64: one number a channel, or one for all (1,)."""
-    tensors = []
-    for ending, shape in shapes.items():
-        item = f"glora_{letter}.{ending}"
-        if item not in items:
-            raise CheckpointError(f"{checkpoint.source}: {path} has no {item}; the file is incomplete.")
-        check_shape(checkpoint.source, f"{item} of {path}", items[item], shape)
-        tensors.append(items[item])
-    if "zeros" in shapes:
-        if tensors[0].any():
-            raise CheckpointError(
-                f"{checkpoint.source}: glora_{letter}.zeros of {path} is not zero; save the adapter again."
-            )
-        return torch.zeros(1, dtype=torch.float64)
-    return reduce(torch.matmul, (tensor.double() for tensor in tensors)).flatten()
+    for item, tensor in tensors.items():
+        if item.endswith(".zeros"):
+            if tensor.any():
+                raise CheckpointError(f"{checkpoint.source}: {item} of {path} is not zero; save the adapter again.")
+            return torch.zeros(1, dtype=torch.float64)
+    return reduce(torch.matmul, tensors.values()).flatten()

@@ -39,9 +39,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         [rank("r"), rank("gralora_k"), number("alpha"), hybrid],
         harmless="init_weights gralora_dropout",
     )
-    grouped = parts_of(checkpoint, base, "a GraLoRA", (*_GRID, *_GENERAL)).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("gralora", modules, dict(checkpoint.config), dict(checkpoint.tensors))
+    grouped = parts_of(checkpoint, base, "a GraLoRA", (*_GRID, *_GENERAL))
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("gralora", modules, dict(checkpoint.config), grouped.kept)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:

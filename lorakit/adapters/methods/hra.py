@@ -28,8 +28,9 @@ _DEPENDENT = 1e-6
 def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     """Converts an HRA checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     check_config(checkpoint, HRAConfig, [rank("r"), flag("apply_GS")], harmless="init_weights")
+    grouped = parts_of(checkpoint, base, "an HRA", [_ITEM])
     modules = {}
-    for path, items in parts_of(checkpoint, base, "an HRA", [_ITEM]).modules.items():
+    for path, items in grouped.modules.items():
         place, columns = linear_at(checkpoint, base, path), items[_ITEM]
         what = f"the HRA columns of {path}"
         check_shape(checkpoint.source, what, columns, (place.in_features, checkpoint.config["r"]))
@@ -42,7 +43,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
             t = _compact(u)
         weight = base.weight(path).to("cpu", torch.float32)
         modules[path] = module_form(place, u.T.float(), -(weight @ (u @ t).float()))
-    return AdapterForm("hra", modules, dict(checkpoint.config), dict(checkpoint.tensors), uses_base_weights=True)
+    return AdapterForm("hra", modules, dict(checkpoint.config), grouped.kept, uses_base_weights=True)
 
 
 def _compact(u: torch.Tensor) -> torch.Tensor:

@@ -41,8 +41,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     """Converts an IA³ checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     feedforward = Option("feedforward_modules", are_names, "a pattern or a list of modules' names", needed=True)
     check_config(checkpoint, IA3Config, [feedforward], harmless="init_ia3_weights")
+    grouped = parts_of(checkpoint, base, "an IA³", [_ITEM])
     scales: dict[str, torch.Tensor] = {}
-    for path, items in parts_of(checkpoint, base, "an IA³", [_ITEM]).modules.items():
+    for path, items in grouped.modules.items():
         place, scale = place_at(checkpoint, base, path), items[_ITEM]
         what = f"the IA³ vector of {path}"
         if _is_feedforward(checkpoint, path):
@@ -52,7 +53,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
             check_shape(checkpoint.source, what, scale, (place.out_features, 1))
         scales[path] = scales.get(path, 1.0) * scale.flatten().float()
     modules: Mapping[str, ModuleForm] = {path: module_form(base.places[path], c=c) for path, c in scales.items()}
-    return AdapterForm("ia3", modules, dict(checkpoint.config), dict(checkpoint.tensors))
+    return AdapterForm("ia3", modules, dict(checkpoint.config), grouped.kept)
 
 
 def _is_feedforward(checkpoint: Checkpoint, path: str) -> bool:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import torch
 
 from lorakit.adapters.base import BaseModel
-from lorakit.adapters.methods.parts import check_shape
+from lorakit.adapters.methods.parts import check_items, check_shape
 from lorakit.adapters.methods.targets import place_at
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
-from lorakit.errors import CheckpointError, ShapeMismatchError
+from lorakit.errors import ShapeMismatchError
 
 
 def linear_at(checkpoint: Checkpoint, base: BaseModel, path: str) -> Place:
@@ -47,15 +47,7 @@ def tensors_at(
         CheckpointError: a tensor is missing, or the configuration leaves no use for it.
         ShapeMismatchError: a tensor has another shape.
     """
-    missing = [item for item in shapes if item not in items]
-    if missing:
-        raise CheckpointError(f"{checkpoint.source}: {path} has no {missing[0]}; the file is incomplete.")
-    surplus = [item for item in items if item not in shapes]
-    if surplus:
-        raise CheckpointError(
-            f"{checkpoint.source}: {path} has a {surplus[0]}, which its configuration has no use for; "
-            "save the adapter again."
-        )
+    check_items(checkpoint, path, items, shapes)
     for item, shape in shapes.items():
         check_shape(checkpoint.source, f"{item} of {path}", items[item], shape)
     return {item: tensor.to("cpu", torch.float64) for item, tensor in items.items()}

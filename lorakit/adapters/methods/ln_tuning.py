@@ -32,7 +32,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
             f"{checkpoint.source}: the key {min(strangers)!r} is not part of an LN_TUNING checkpoint; save it again."
         )
     paths = {path for name in base.parameters for path in above(name)}
-    targets = matches(checkpoint, paths)
+    targets = matches(checkpoint, paths, checkpoint.config["target_modules"])
     wanted = {name for name in base.parameters if not targets.isdisjoint(above(name))}
     for names, fault in ((wanted - keys.keys(), "lacks"), (keys.keys() - wanted, "also has")):
         if names:

@@ -34,9 +34,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         # The last concerns convolutions alone, which are no places here.
         harmless="init_weights rank_dropout module_dropout use_effective_conv2d",
     )
-    grouped = parts_of(checkpoint, base, "a LoHa", _ITEMS).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("loha", modules, dict(checkpoint.config), dict(checkpoint.tensors))
+    grouped = parts_of(checkpoint, base, "a LoHa", _ITEMS)
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("loha", modules, dict(checkpoint.config), grouped.kept)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:

@@ -6,7 +6,8 @@ or a product of two; a matrix is a product with the identity on its shorter side
     w1 ⊗ w2 = (l1 ⊗ l2) (r1 ⊗ r2)
 
 so B = l1 ⊗ l2 and A = r1 ⊗ r2: its rank is the product of the two ranks. PEFT leaves w2 unfactored where r is at least
-half its longer side. The product then mostly has the base weight's own rank, and is refused: it is no low-rank form.
+half its longer side. The product then mostly has the base weight's own rank, which is no low-rank form: it is refused,
+or approximated by SVD where that is asked for.
 
 Sources: Yeh et al. 2023, LyCORIS (arXiv 2309.14859); Edalati et al. 2022, KronA (arXiv 2212.10650).
 """
@@ -33,10 +34,12 @@ from lorakit.adapters.methods.options import (
     rank,
 )
 from lorakit.adapters.methods.parts import module_form, parts_of
+from lorakit.adapters.methods.svd import refusal, truncated
 from lorakit.adapters.methods.targets import by_pattern
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
-from lorakit.errors import UnsupportedMethodError
+
+CHOICES = ("svd_energy",)
 
 _FIRST = ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
 _SECOND = ("lokr_w2", "lokr_w2_a", "lokr_w2_b")
@@ -47,7 +50,7 @@ _FACTOR = Option(
 )
 
 
-def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
+def convert(checkpoint: Checkpoint, base: BaseModel, svd_energy: float | None = None) -> AdapterForm:
     """Converts a LoKr checkpoint; see `lorakit.adapters.methods.convert` for the errors."""
     check_config(
         checkpoint,
@@ -56,13 +59,20 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         # use_effective_conv2d concerns convolutions alone, which are no places here.
         harmless="init_weights rank_dropout rank_dropout_scale module_dropout use_effective_conv2d",
     )
-    grouped = parts_of(checkpoint, base, "a LoKr", (*_FIRST, *_SECOND)).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("lokr", modules, dict(checkpoint.config), dict(checkpoint.tensors))
+    grouped = parts_of(checkpoint, base, "a LoKr", (*_FIRST, *_SECOND))
+    modules: dict[str, ModuleForm] = {}
+    errors: dict[str, float] = {}
+    for path, items in grouped.modules.items():
+        modules[path], error = _module(checkpoint, base, path, items, svd_energy)
+        if error is not None:
+            errors[path] = error
+    return AdapterForm("lokr", modules, dict(checkpoint.config), grouped.kept, svd_errors=errors)
 
 
-def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
-    """One module's form."""
+def _module(
+    checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor], svd_energy: float | None
+) -> tuple[ModuleForm, float | None]:
+    """One module's form, and its error if it is not exact."""
     place = linear_at(checkpoint, base, path)
     r = by_pattern(checkpoint, "rank_pattern", "r", path)
     scale = by_pattern(checkpoint, "alpha_pattern", "alpha", path) / r
@@ -70,12 +80,16 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     (l1, r1), (l2, r2) = _factors(tensors, _FIRST), _factors(tensors, _SECOND)
     smaller = min(place.in_features, place.out_features)
     if _SECOND[0] in tensors and l1.shape[1] * l2.shape[1] >= smaller:
-        raise UnsupportedMethodError(
-            f"{checkpoint.source}: the LoKr of {path} has full rank ({smaller}): with r={r} PEFT left its second "
-            "matrix unfactored. Train with a smaller r, below half the longer side of that matrix "
-            f"({tuple(tensors[_SECOND[0]].shape)})."
-        )
-    return module_form(place, torch.kron(r1, r2).float(), torch.kron(l1, l2).float(), scale)
+        if svd_energy is None:
+            raise refusal(
+                checkpoint,
+                f"the LoKr of {path} has full rank ({smaller}): with r={r} PEFT left its second matrix unfactored. "
+                "Train with a smaller r, below half the longer side of that matrix "
+                f"({tuple(tensors[_SECOND[0]].shape)})",
+            )
+        a, b, error = truncated(checkpoint, path, scale * torch.kron(l1 @ r1, l2 @ r2), svd_energy)
+        return module_form(place, a, b), error
+    return module_form(place, torch.kron(r1, r2).float(), torch.kron(l1, l2).float(), scale), None
 
 
 def _shapes(checkpoint: Checkpoint, place: Place, r: int) -> dict[str, tuple[int, ...]]:

@@ -19,10 +19,11 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods import bdlora, dora, kasa, pissa, qalora
 from lorakit.adapters.methods.lora_options import check_options
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import check_items, check_shape, module_form, parts_of
 from lorakit.adapters.methods.targets import by_pattern, place_at
 from lorakit.adapters.peft_reader import Checkpoint
-from lorakit.errors import CheckpointError, ShapeMismatchError
+from lorakit.adapters.places import Place
+from lorakit.errors import ShapeMismatchError
 
 # What a key can end with, and what that is. Values are (factor, kind of place).
 _FACTORS = {
@@ -89,11 +90,9 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     place = place_at(checkpoint, base, path)
     factors = {_FACTORS[item][0]: tensor for item, tensor in items.items() if item in _FACTORS}
     kinds = {_FACTORS[item][1] for item in items if item in _FACTORS}
-    if factors.keys() != {"a", "b"}:
-        lacking = "A" if "a" not in factors else "B"
-        raise CheckpointError(f"{source}: {path} has no LoRA {lacking}; the file is incomplete.")
-    if kinds != {place.kind}:
+    if not kinds <= {place.kind}:
         raise ShapeMismatchError(f"{source}: {path} is an adapter for another kind of module than its {place.kind}.")
+    check_items(checkpoint, path, items, _wanted(checkpoint, place))
     rank, scale = _rank_and_scale(checkpoint, path)
     group = qalora.group_size(checkpoint, factors["a"], place.in_features)
     blocks = bdlora.blocks(checkpoint, place, path)
@@ -110,16 +109,10 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     form_scale = scale * qalora.scale_of(place.in_features, group)
     if pissa.method_of(checkpoint):
         a, b = pissa.factors(checkpoint, base, path, a, b, scale)
-    if kasa.is_kasa(checkpoint) != (kasa.DIAGONAL in items):
-        raise CheckpointError(f"{source}: kasa_config and the diagonal of {path} do not agree.")
     if kasa.DIAGONAL in items:
         check_shape(source, f"the KaSA diagonal of {path}", items[kasa.DIAGONAL], (rank,))
         a, b = kasa.factors(checkpoint, base, path, a, b, scale, items[kasa.DIAGONAL])
         form_scale = 1.0
-    if bool(checkpoint.config.get("use_dora")) != (dora.MAGNITUDE in items):
-        raise CheckpointError(f"{source}: use_dora and the magnitude vector of {path} do not agree.")
-    if bool(checkpoint.config.get("lora_bias")) != (_BIAS in items):
-        raise CheckpointError(f"{source}: lora_bias and the bias of {path} do not agree.")
     if dora.MAGNITUDE in items:
         magnitude = items[dora.MAGNITUDE]
         check_shape(source, f"the magnitude vector of {path}", magnitude, (place.out_features,))
@@ -128,6 +121,17 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         check_shape(source, f"the LoRA bias of {path}", items[_BIAS], (place.out_features,))
         d = scale * items[_BIAS].float()
     return module_form(place, a, b, form_scale, c, d)
+
+
+def _wanted(checkpoint: Checkpoint, place: Place) -> list[str]:
+    """The ends of the keys that a module has."""
+    there = {
+        **{item: kind == place.kind for item, (_, kind) in _FACTORS.items()},
+        dora.MAGNITUDE: checkpoint.config.get("use_dora"),
+        _BIAS: checkpoint.config.get("lora_bias"),
+        kasa.DIAGONAL: kasa.is_kasa(checkpoint),
+    }
+    return [item for item, wanted in there.items() if wanted]
 
 
 def _rank_and_scale(checkpoint: Checkpoint, path: str) -> tuple[int, float]:

@@ -11,20 +11,14 @@ from peft import LoraConfig
 from lorakit.adapters.methods import bdlora, kasa, pissa
 from lorakit.adapters.methods.options import (
     ALPHA_PATTERN,
-    COMMON,
     RANK_PATTERN,
-    TARGETS,
     Option,
-    check_by_peft,
-    check_values,
+    check_config,
     flag,
     is_number,
     is_rank,
     number,
     rank,
-    refuse_bias,
-    refuse_set,
-    refuse_unknown,
     shown,
 )
 from lorakit.adapters.peft_reader import Checkpoint
@@ -47,13 +41,8 @@ _INITS = {
 }
 # Ways that leave them alone, besides true and false.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-# Options that do not change what a trained adapter computes: training, initialisation, bookkeeping, or read above.
-_HARMLESS = COMMON | frozenset(
-    "r lora_alpha lora_dropout bias use_rslora "
-    "init_lora_weights rank_pattern alpha_pattern use_dora lora_bias loftq_config eva_config corda_config "
-    "lora_ga_config megatron_core use_bdlora use_qalora qalora_group_size kasa_config runtime_config "
-    "ensure_weight_tying".split()
-)
+# Options that do not change what a trained adapter computes: training, initialisation (see _check_init), bookkeeping.
+_HARMLESS = "init_lora_weights loftq_config eva_config corda_config lora_ga_config megatron_core ensure_weight_tying"
 
 
 def check_options(checkpoint: Checkpoint) -> None:
@@ -63,13 +52,10 @@ def check_options(checkpoint: Checkpoint) -> None:
         UnsupportedMethodError: an option that changes what the adapter computes.
         CheckpointError: a value that cannot be.
     """
-    refuse_set(checkpoint, _REFUSED, empty=["arrow_config"])
+    # First, as they give reasons where PEFT's own class would only refuse.
     _check_init(checkpoint)
     _check_variants(checkpoint)
-    refuse_bias(checkpoint)
-    refuse_unknown(checkpoint, _HARMLESS | _REFUSED.keys())
-    check_values(checkpoint, _OPTIONS)
-    check_by_peft(checkpoint, LoraConfig)
+    check_config(checkpoint, LoraConfig, _OPTIONS, harmless=_HARMLESS, refused=_REFUSED, empty=["arrow_config"])
 
 
 def _check_init(checkpoint: Checkpoint) -> None:
@@ -123,7 +109,6 @@ def _check_variants(checkpoint: Checkpoint) -> None:
 _OPTIONS = (
     rank("r"),
     number("lora_alpha"),
-    *TARGETS,
     RANK_PATTERN,
     ALPHA_PATTERN,
     Option("lora_dropout", lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),

@@ -118,6 +118,7 @@ def check_config(
     *,
     harmless: str = "",
     refused: Mapping[str, str] = MappingProxyType({}),
+    empty: Collection[str] = (),
 ) -> None:
     """Refuses a configuration that a family's formula would be wrong for, or that cannot be meant.
 
@@ -127,14 +128,14 @@ def check_config(
         options: what the family reads, beside the targets.
         harmless: more options that do not change what a trained adapter computes, separated by spaces.
         refused: options that do, and why they are not served.
+        empty: those of them that count as set by {} too.
 
     Raises:
-        UnsupportedMethodError: an option that is refused or unknown is set; or the base's biases are replaced.
+        UnsupportedMethodError: an option that is refused or unknown is set.
         CheckpointError: a value that cannot be.
     """
     options = [*options, *TARGETS]
-    refuse_set(checkpoint, refused)
-    refuse_bias(checkpoint)
+    refuse_set(checkpoint, refused, empty)
     known = COMMON | {"bias", *harmless.split(), *(option.name for option in options), *refused}
     refuse_unknown(checkpoint, known)
     check_values(checkpoint, options)
@@ -147,15 +148,6 @@ def refuse_set(checkpoint: Checkpoint, refused: Mapping[str, str], empty: Collec
         value = checkpoint.config.get(option)
         if value or (option in empty and value is not None):
             raise UnsupportedMethodError(f"{checkpoint.source}: {option} is not served: {reason}.")
-
-
-def refuse_bias(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint that replaces the base's biases."""
-    if checkpoint.config.get("bias", "none") != "none":
-        raise UnsupportedMethodError(
-            f"{checkpoint.source}: bias={shown(checkpoint.config['bias'])} replaces the base's biases, which is not "
-            "served; train with bias='none', or lora_bias=True for a bias of the adapter's own."
-        )
 
 
 def refuse_unknown(checkpoint: Checkpoint, known: Collection[str]) -> None:

@@ -28,10 +28,13 @@ class Parts(NamedTuple):
     Attributes:
         modules: module path → the end of its key → tensor; the modules are those that the configuration targets.
         shared: key → tensor, of what belongs to no module.
+        kept: key → tensor, of all that the checkpoint says: everything but unchanged copies of the base's weights. A
+            checkpoint made of these is as PEFT saves it with save_embedding_layers=False.
     """
 
     modules: Mapping[str, Mapping[str, torch.Tensor]]
     shared: Mapping[str, torch.Tensor]
+    kept: Mapping[str, torch.Tensor]
 
 
 def parts_of(
@@ -53,23 +56,50 @@ def parts_of(
     """
     modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     common: dict[str, torch.Tensor] = {}
+    kept: dict[str, torch.Tensor] = {}
     for key, tensor in checkpoint.tensors.items():
         item = next((item for item in items if key.endswith(f".{item}")), None)
         if key in shared:
             common[key] = tensor
         elif item is not None:
             modules[key.removesuffix(f".{item}")][item] = tensor
-        elif not _is_base_copy(key, tensor, base):
+        elif _is_base_copy(key, tensor, base):
+            continue
+        else:
             raise CheckpointError(
                 f"{checkpoint.source}: the key {key!r} is not part of {what} checkpoint, "
                 "and is no copy of the base's weight either."
             )
+        kept[key] = tensor
     if items and not modules:
         named = " and ".join(item.removesuffix(".weight") for item in list(items)[:2])
         raise CheckpointError(f"{checkpoint.source}: the checkpoint holds no {named}; save the adapter again.")
     if items:
         check_modules(checkpoint, base, modules)
-    return Parts(dict(modules), common)
+    return Parts(dict(modules), common, kept)
+
+
+def check_items(checkpoint: Checkpoint, path: str, items: Collection[str], wanted: Collection[str]) -> None:
+    """Refuses a module that has other tensors than its configuration calls for.
+
+    Args:
+        checkpoint: the checkpoint.
+        path: the module's path.
+        items: the ends of the keys that it has.
+        wanted: those that it should have.
+
+    Raises:
+        CheckpointError: naming the first that is missing, or for which there is no use.
+    """
+    missing = [item for item in wanted if item not in items]
+    if missing:
+        raise CheckpointError(f"{checkpoint.source}: {path} has no {missing[0]}; the file is incomplete.")
+    surplus = [item for item in items if item not in wanted]
+    if surplus:
+        raise CheckpointError(
+            f"{checkpoint.source}: {path} has a {surplus[0]}, which its configuration has no use for; "
+            "save the adapter again."
+        )
 
 
 def check_shape(source: str, what: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
@@ -82,6 +112,16 @@ def check_shape(source: str, what: str, tensor: torch.Tensor, expected: tuple[in
         raise ShapeMismatchError(
             f"{source}: {what} has shape {tuple(tensor.shape)}, but its configuration and the base want {expected}."
         )
+
+
+def check_indices(source: str, what: str, indices: torch.Tensor, size: int) -> None:
+    """Refuses indices out of 0 … size − 1: where torch does not look, they would reach memory of others.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    if indices.numel() and (indices.min() < 0 or indices.max() >= size):
+        raise CheckpointError(f"{source}: {what} has an index out of 0 to {size - 1}; save the adapter again.")
 
 
 def module_form(

@@ -18,11 +18,11 @@ from transformers.activations import ACT2FN
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods.linears import linear_at
+from lorakit.adapters.methods.linears import linear_at, tensors_at
 from lorakit.adapters.methods.options import Option, check_config, is_whole, number, rank
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
-from lorakit.errors import CheckpointError, UnsupportedMethodError
+from lorakit.errors import UnsupportedMethodError
 
 _DEEPEST = 256
 """More layers than any network of this kind has; the number comes from a file."""
@@ -45,9 +45,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
             "train with another activation."
         )
     layers = [f"peanut_{kind}.{i}.weight" for kind in ("encoders", "decoders") for i in range(config["depth"])]
-    grouped = parts_of(checkpoint, base, "a PEANuT", ["peanut_A.weight", "peanut_B.weight", *layers]).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("peanut", modules, dict(config), dict(checkpoint.tensors), uses_base_weights=True)
+    grouped = parts_of(checkpoint, base, "a PEANuT", ["peanut_A.weight", "peanut_B.weight", *layers])
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("peanut", modules, dict(config), grouped.kept, uses_base_weights=True)
 
 
 def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
@@ -60,16 +60,15 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         items: the end of the key → tensor: A (r, out), B (out, r), and encoders and decoders (r, r).
     """
     config, place = checkpoint.config, linear_at(checkpoint, base, path)
-    outer = {"A": (config["r"], place.out_features), "B": (place.out_features, config["r"])}
+    r, depth = config["r"], range(config["depth"])
+    inner = [f"{kind}.{i}" for kind in ("encoders", "decoders") for i in depth]
+    sizes = {"A": (r, place.out_features), "B": (place.out_features, r), **dict.fromkeys(inner, (r, r))}
+    tensors = tensors_at(checkpoint, path, items, {f"peanut_{name}.weight": size for name, size in sizes.items()})
 
     def weight(name: str) -> torch.Tensor:
-        item = f"peanut_{name}.weight"
-        if item not in items:
-            raise CheckpointError(f"{checkpoint.source}: {path} has no {item}; the file is incomplete.")
-        check_shape(checkpoint.source, f"{item} of {path}", items[item], outer.get(name, (config["r"], config["r"])))
-        return items[item].float()
+        return tensors[f"peanut_{name}.weight"].float()
 
-    activation, depth = ACT2FN[config["act_fn"]], range(config["depth"])
+    activation = ACT2FN[config["act_fn"]]
     skips = []
     hidden = activation(linear(base.weight(path).to("cpu", torch.float32).T, weight("A")))
     for i in depth:

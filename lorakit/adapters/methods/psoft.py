@@ -23,11 +23,11 @@ from peft.tuners.psoft.layer import OrthLayer, PsoftLayer
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods.linears import linear_at
+from lorakit.adapters.methods.linears import linear_at, tensors_at
 from lorakit.adapters.methods.options import Option, check_config, is_flag, is_number, is_whole, rank
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
-from lorakit.errors import CheckpointError, ShapeMismatchError
+from lorakit.errors import ShapeMismatchError
 
 _FLAGS = ("psoft_orth", "psoft_mag_a", "psoft_mag_b", "use_cayley_neumann")
 _ROUNDS = 1000
@@ -51,9 +51,9 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     ]
     check_config(checkpoint, PsoftConfig, options, harmless="psoft_dropout init_weights")
     endings = [f"psoft_R.{name}" for name in ("weight", "vector_a", "vector_b")]
-    grouped = parts_of(checkpoint, base, "a PSOFT", endings).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
-    return AdapterForm("psoft", modules, dict(checkpoint.config), dict(checkpoint.tensors), uses_base_weights=True)
+    grouped = parts_of(checkpoint, base, "a PSOFT", endings)
+    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.modules.items()}
+    return AdapterForm("psoft", modules, dict(checkpoint.config), grouped.kept, uses_base_weights=True)
 
 
 def _rounds(name: str) -> Option:
@@ -70,20 +70,17 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         path: the module's path.
         items: the end of the key → tensor: R's parameters, and its scales (r,) where there are any.
     """
-    source, config, place = checkpoint.source, checkpoint.config, linear_at(checkpoint, base, path)
+    config, place = checkpoint.config, linear_at(checkpoint, base, path)
     r, most = config["r"], min(place.in_features, place.out_features)
     if r > most:
-        raise ShapeMismatchError(f"{source}: r is {r}, but the weight of {path} has a rank of at most {most}.")
-    shapes = {"psoft_R.weight": (r * (r - 1) // 2,) if config["psoft_orth"] else (r, r)}
-    shapes |= {f"psoft_R.vector_{side}": (r,) for side in "ab" if config[f"psoft_mag_{side}"]}
-    if items.keys() != shapes.keys():
-        raise CheckpointError(
-            f"{source}: {path} has {', '.join(sorted(items))} instead of {', '.join(sorted(shapes))}; the file is "
-            "incomplete, or its options were changed."
+        raise ShapeMismatchError(
+            f"{checkpoint.source}: r is {r}, but the weight of {path} has a rank of at most {most}."
         )
-    for item, shape in shapes.items():
-        check_shape(source, f"{item} of {path}", items[item], shape)
-    turn = _rotation(config, items)
+    shapes: dict[str, tuple[int, ...]] = {
+        "psoft_R.weight": (r * (r - 1) // 2,) if config["psoft_orth"] else (r, r),
+    }
+    shapes |= {f"psoft_R.vector_{side}": (r,) for side in "ab" if config[f"psoft_mag_{side}"]}
+    turn = _rotation(config, tensors_at(checkpoint, path, items, shapes))
     # None stands for the layer: the function is a method that reads nothing of it.
     left, singular, right = PsoftLayer._compute_svd_factors(
         None,
@@ -103,8 +100,8 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     return module_form(place, right.float(), (left @ (turn - torch.eye(r, dtype=turn.dtype))).float())
 
 
-def _rotation(config: Mapping[str, Any], items: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """R in fp64, by PEFT's own layer."""
+def _rotation(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """R by PEFT's own layer, in fp64 as its tensors are."""
     layer = OrthLayer(
         config["r"],
         orth=config["psoft_orth"],
@@ -112,8 +109,8 @@ def _rotation(config: Mapping[str, Any], items: Mapping[str, torch.Tensor]) -> t
         mag_a=config["psoft_mag_a"],
         use_cayley_neumann=config["use_cayley_neumann"],
         num_cayley_neumann_terms=config["num_cayley_neumann_terms"],
-        cayley_neumann_eps=config["cayley_neumann_eps"],
+        cayley_neumann_eps=config.get("cayley_neumann_eps"),
     ).double()
-    layer.load_state_dict({item.removeprefix("psoft_R."): tensor.double() for item, tensor in items.items()})
+    layer.load_state_dict({item.removeprefix("psoft_R."): tensor for item, tensor in tensors.items()})
     with torch.no_grad():
         return layer.get_matrix()

@@ -35,7 +35,8 @@ def group_size(checkpoint: Checkpoint, a: torch.Tensor, in_features: int) -> int
 
 def unpool(a: torch.Tensor, size: int) -> torch.Tensor:
     """A over the single inputs."""
-    return a.repeat_interleave(size, dim=1)
+    # A copy that repeats nothing is not cheap: it would take most of an export's time.
+    return a if size == 1 else a.repeat_interleave(size, dim=1)
 
 
 def scale_of(in_features: int, size: int) -> float:

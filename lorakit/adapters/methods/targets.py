@@ -70,17 +70,22 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
 
 def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The places that PEFT would adapt: of norms none, whatever a pattern matches."""
-    targets = checkpoint.config["target_modules"]
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        return base.all_linear
-    return matches(checkpoint, [path for path, place in base.places.items() if place.kind != "norm"])
-
-
-def matches(checkpoint: Checkpoint, paths: Iterable[str]) -> frozenset[str]:
-    """Those of the paths that target_modules names, and what narrows it leaves."""
+    paths = [path for path, place in base.places.items() if place.kind != "norm"]
     config = checkpoint.config
-    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    matcher = SimpleNamespace(target_parameters=None, **{field: config.get(field) for field in fields})
+    targets = config["target_modules"]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        # PEFT puts their names in its place, and only then looks at exceptions.
+        targets = base.all_linear - ({base.classifier} if config.get("task_type") == "SEQ_CLS" else set())
+    return matches(checkpoint, paths, targets)
+
+
+def matches(checkpoint: Checkpoint, paths: Iterable[str], targets: Any) -> frozenset[str]:
+    """Those of the paths that target_modules, or what stands for it, names, and what narrows it leaves."""
+    config = checkpoint.config
+    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    matcher = SimpleNamespace(
+        target_modules=targets, target_parameters=None, **{field: config.get(field) for field in fields}
+    )
     try:
         return frozenset(path for path in paths if check_target_module_exists(matcher, path))
     except PATTERN_ERRORS as error:

@@ -19,6 +19,7 @@ from peft import TinyLoraConfig
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods import seeded
+from lorakit.adapters.methods.linears import tensors_at
 from lorakit.adapters.methods.options import check_config, check_size, flag, number, rank
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
 from lorakit.adapters.methods.targets import place_at
@@ -52,7 +53,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         for index, (path, key) in enumerate(zip(paths, keys, strict=True))
     }
     saved = bool(config.get("save_projection", True))
-    return AdapterForm("tinylora", modules, dict(config), dict(checkpoint.tensors), uses_base_weights=not saved)
+    return AdapterForm("tinylora", modules, dict(config), grouped.kept, uses_base_weights=not saved)
 
 
 def _groups(modules: int, tying: float) -> list[int]:
@@ -82,21 +83,17 @@ def _module(
             f"{source}: a TinyLoRA of the embedding {path} is not served: PEFT does not scale it as LoRA's is scaled."
         )
     r, u = min(config["r"], place.in_features, place.out_features), config["u"]
-    shapes = {_A: (r, place.in_features), _B: (place.out_features, r), _P: (u, r, r)}
+    shapes: dict[str, tuple[int, ...]] = {_A: (r, place.in_features), _B: (place.out_features, r)}
     saved = bool(config.get("save_projection", True))
     seeded.check_saved(checkpoint, "save_projection", saved, f"the random matrices of {path}", _P in items)
-    for item, shape in shapes.items():
-        if item in items:
-            check_shape(source, f"{item} of {path}", items[item], shape)
-        elif item != _P:
-            raise CheckpointError(f"{source}: {path} has no {item}; the file is incomplete.")
+    tensors = tensors_at(checkpoint, path, items, shapes | ({_P: (u, r, r)} if saved else {}))
     check_shape(source, f"the vector of {path}", v, (u,))
     if saved:
-        p = items[_P]
+        p = tensors[_P]
     else:
         check_size(checkpoint, "u", u * r * r)
         generator = torch.Generator().manual_seed(config["projection_seed"] + index)
-        p = torch.normal(mean=0.0, std=1.0 / (r**0.5), size=shapes[_P], generator=generator)
+        p = torch.normal(mean=0.0, std=1.0 / (r**0.5), size=(u, r, r), generator=generator)
         p = seeded.rounded(checkpoint, base, path, p)
     between = torch.einsum("i,ijk->jk", v.double(), p.double())
-    return module_form(place, items[_A].float(), (items[_B].double() @ between).float())
+    return module_form(place, tensors[_A].float(), (tensors[_B] @ between).float())

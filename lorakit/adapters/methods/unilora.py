@@ -20,7 +20,7 @@ from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.methods import seeded
 from lorakit.adapters.methods.linears import linear_at
 from lorakit.adapters.methods.options import check_config, check_size, flag, rank
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import check_items, check_shape, module_form, parts_of
 from lorakit.adapters.methods.targets import targeted
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
@@ -59,7 +59,7 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
         return (theta.double()[indices] * scales.double()).float()
 
     modules = {path: module_form(place, factor(path, "A"), factor(path, "B")) for path, place in places.items()}
-    return AdapterForm("unilora", modules, dict(config), dict(checkpoint.tensors), uses_base_weights=not saved)
+    return AdapterForm("unilora", modules, dict(config), grouped.kept, uses_base_weights=not saved)
 
 
 def _places(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str]) -> dict[str, Place]:
@@ -88,9 +88,7 @@ def _stored(
     source, length = checkpoint.source, checkpoint.config["theta_d_length"]
     stored: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
     for path, items in modules.items():
-        missing = [item for item in _ITEMS if item not in items]
-        if missing:
-            raise CheckpointError(f"{source}: {path} has no {missing[0]}; the file is incomplete.")
+        check_items(checkpoint, path, items, _ITEMS)
         stored[path] = {}
         for factor, shape in _shapes(checkpoint, places[path]).items():
             indices, scales = items[f"unilora_indices_{factor}"], items[f"unilora_scales_{factor}"]

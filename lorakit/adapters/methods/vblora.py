@@ -18,7 +18,7 @@ from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods.linears import linear_at
 from lorakit.adapters.methods.options import check_config, flag, rank
-from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
+from lorakit.adapters.methods.parts import check_items, check_shape, module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.errors import CheckpointError, ShapeMismatchError
 
@@ -40,15 +40,18 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     )
     if config["topk"] > config["num_vectors"]:
         raise CheckpointError(f"{source}: topk is {config['topk']}, more than the bank's {config['num_vectors']}.")
-    ends = ("_topk_indices", "_topk_weights") if config.get("save_only_topk_weights") else ("",)
-    items = [logits + end for logits in _LOGITS.values() for end in ends]
-    grouped = parts_of(checkpoint, base, "a VB-LoRA", items, (_BANK,))
+    grouped = parts_of(checkpoint, base, "a VB-LoRA", _items(checkpoint), (_BANK,))
     if _BANK not in grouped.shared:
         raise CheckpointError(f"{source}: the vector bank ({_BANK}) is missing; the file is incomplete.")
     bank = grouped.shared[_BANK]
     check_shape(source, "the vector bank", bank, (config["num_vectors"], config["vector_length"]))
     modules = {path: _module(checkpoint, base, path, tensors, bank) for path, tensors in grouped.modules.items()}
-    return AdapterForm("vblora", modules, dict(config), dict(checkpoint.tensors))
+    return AdapterForm("vblora", modules, dict(config), grouped.kept)
+
+
+def _items(checkpoint: Checkpoint) -> list[str]:
+    ends = ("_topk_indices", "_topk_weights") if checkpoint.config.get("save_only_topk_weights") else ("",)
+    return [logits + end for logits in _LOGITS.values() for end in ends]
 
 
 def _module(
@@ -62,6 +65,7 @@ def _module(
             f"{source}: vector_length is {length}, which does not divide the sizes of {path}, "
             f"{place.in_features} and {place.out_features}."
         )
+    check_items(checkpoint, path, items, _items(checkpoint))
     a = _vectors(checkpoint, path, items, _LOGITS["a"], (r, place.in_features // length), bank)
     b = _vectors(checkpoint, path, items, _LOGITS["b"], (place.out_features // length, r), bank)
     return module_form(place, a.reshape(r, -1), b.transpose(1, 2).reshape(-1, r))
@@ -79,8 +83,6 @@ def _vectors(
     k = checkpoint.config["topk"]
 
     def item(end: str, last: int) -> torch.Tensor:
-        if name + end not in items:
-            raise CheckpointError(f"{checkpoint.source}: {path} has no {name}{end}; the file is incomplete.")
         check_shape(checkpoint.source, f"{name}{end} of {path}", items[name + end], (*shape, last))
         return items[name + end]
 

@@ -21,14 +21,11 @@ from torch.nn.init import kaiming_uniform_
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.methods import seeded
-from lorakit.adapters.methods.linears import linear_at
+from lorakit.adapters.methods.linears import linear_at, tensors_at
 from lorakit.adapters.methods.options import check_config, check_size, flag, rank
 from lorakit.adapters.methods.parts import check_shape, module_form, parts_of
 from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
-from lorakit.errors import CheckpointError
-
-_Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,16 @@ def convert_as(kind: Kind, checkpoint: Checkpoint, base: BaseModel) -> AdapterFo
     items = (f"{prefix}_lambda_b", f"{prefix}_lambda_d")
     shared = (f"base_model.{prefix}_A", f"base_model.{prefix}_B")
     grouped = parts_of(checkpoint, base, kind.name, items, shared)
+    places = {path: linear_at(checkpoint, base, path) for path in base.places if path in grouped.modules}
     # Before anything of these sizes is made.
-    places = {
-        path: _place(kind, checkpoint, base, path, grouped.modules[path])
-        for path in base.places
-        if path in grouped.modules
+    vectors = {
+        path: tensors_at(
+            checkpoint,
+            path,
+            grouped.modules[path],
+            dict(zip(items, ((place.out_features,), (kind.rows(checkpoint),)), strict=True)),
+        )
+        for path, place in places.items()
     }
     saved = bool(config.get("save_projection", True))
     for key in shared:
@@ -96,7 +98,7 @@ def convert_as(kind: Kind, checkpoint: Checkpoint, base: BaseModel) -> AdapterFo
     a, b = a[: config["r"]].double(), b.double()
 
     def form(path: str, place: Place) -> ModuleForm:
-        scale_b, scale_d = (grouped.modules[path][item].double()[:, None] for item in items)
+        scale_b, scale_d = (vectors[path][item][:, None] for item in items)
         return module_form(
             place,
             (scale_d[: config["r"]] * a[:, : place.in_features]).float(),
@@ -104,18 +106,7 @@ def convert_as(kind: Kind, checkpoint: Checkpoint, base: BaseModel) -> AdapterFo
         )
 
     modules = {path: form(path, place) for path, place in places.items()}
-    return AdapterForm(prefix, modules, dict(config), dict(checkpoint.tensors), uses_base_weights=not saved)
-
-
-def _place(kind: Kind, checkpoint: Checkpoint, base: BaseModel, path: str, items: _Tensors) -> Place:
-    """The place of a module, whose vectors fit it."""
-    place = linear_at(checkpoint, base, path)
-    for item, size in (("lambda_b", place.out_features), ("lambda_d", kind.rows(checkpoint))):
-        key = f"{kind.prefix}_{item}"
-        if key not in items:
-            raise CheckpointError(f"{checkpoint.source}: {path} has no {key}; the file is incomplete.")
-        check_shape(checkpoint.source, f"{key} of {path}", items[key], (size,))
-    return place
+    return AdapterForm(prefix, modules, dict(config), grouped.kept, uses_base_weights=not saved)
 
 
 def _drawn(

@@ -22,7 +22,7 @@ import torch
 
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
-from lorakit.adapters.methods.options import shown
+from lorakit.adapters.methods.options import TARGETS, check_values, shown
 from lorakit.adapters.methods.parts import check_shape, module_form, parameter_of
 from lorakit.adapters.methods.targets import targeted
 from lorakit.adapters.peft_reader import Checkpoint
@@ -174,14 +174,14 @@ def above(parameter: str) -> Iterator[str]:
 def _biases(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The biases that an adapter brings (peft.tuners.tuners_utils.BaseTuner._get_learnable_bias_state_dict)."""
     bias = checkpoint.config.get("bias", "none")
-    if bias is None or bias == "none":
+    if bias == "none":
         return frozenset()
     every = frozenset(name for name in base.parameters if name.endswith(_BIAS))
     if bias == "all":
         return every
     if isinstance(bias, str) and bias.endswith("_only"):
-        paths = targeted(checkpoint, base) if checkpoint.config.get("target_modules") else frozenset()
-        return every & {path + _BIAS for path in paths}
+        check_values(checkpoint, TARGETS)
+        return every & {path + _BIAS for path in targeted(checkpoint, base)}
     raise CheckpointError(f"{checkpoint.source}: bias is {shown(bias)}; it should be 'none', 'all' or '…_only'.")
 
 
