@@ -149,7 +149,7 @@ def expert_places_of(module: nn.Module) -> dict[str, Place]:
             return {}
         transposed = bool(module.is_transposed)
         width, height = (rows, columns) if transposed else (columns, rows)
-        found[name] = Place("experts", width, height, transposed, experts)
+        found[name] = Place("experts", width, height, transposed, experts=experts)
     return found if [name for name, _ in module.named_parameters(recurse=False) if name in found] == [*found] else {}
 
 

@@ -361,7 +361,7 @@ def test_export_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     form = odd_form()
     bank = make_bank(tmp_path / "bank", x=form)
 
-    def restore(form: AdapterForm) -> dict[str, torch.Tensor]:
+    def restore(form: AdapterForm, base: object = None) -> dict[str, torch.Tensor]:
         tensors = {f"base_model.model.{path}.b": m.b for path, m in form.modules.items() if m.b is not None}
         turned = {f"base_model.model.{path}.a": m.a.T for path, m in form.modules.items() if m.a is not None}
         return {**tensors, **turned, **form.extras}
@@ -383,7 +383,7 @@ def test_export_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         bank.export_peft("y", tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
-    def fail(form: AdapterForm) -> dict[str, torch.Tensor]:
+    def fail(form: AdapterForm, base: object) -> dict[str, torch.Tensor]:
         raise RuntimeError
 
     monkeypatch.setattr(peft_writer, "restore", fail)

@@ -18,6 +18,7 @@ from lorakit.runtime import ops
 from lorakit.runtime.experts import AdaptedExperts, Pairs
 from lorakit.runtime.routers import AdaptedRouter
 from lorakit.runtime.routing import Routing
+from lorakit.runtime.rows import Rows
 from lorakit.runtime.stacking import Stacking
 
 ROUTERS = ["gate.weight", "router.weight"]
@@ -424,7 +425,7 @@ class Router(nn.Module):
 class Turning:
     """A batch whose adapter makes a router choose by the opposite order."""
 
-    slots = (None,)
+    rows = Rows((None,))
 
     def add(self, module, y, x):
         return -y
