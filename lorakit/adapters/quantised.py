@@ -25,6 +25,8 @@ _ROWS = 1024  # of the identity, in memory at once
 _LONGEST = 200  # characters of a name, as a checkpoint's configuration may hold anything
 _DEEPEST = 8  # levels of a configuration that are read
 
+_KERNEL = "mm_config"  # torchao's, of how it multiplies
+
 # The options that decide what W becomes, in the order in which they are named, and how.
 _WORDS = {
     "load_in_4bit": "4-bit",
@@ -115,6 +117,8 @@ def _scalars(options: Any, inside: str = "", depth: int = 0) -> Iterator[tuple[s
         return
     for name, value in options.items():
         value = getattr(value, "value", value)  # an Enum's
+        if name == _KERNEL:
+            continue
         if isinstance(value, Mapping):
             yield from _scalars(value, name, depth + 1)
         elif name == "_data" and isinstance(value, str):
@@ -152,6 +156,12 @@ def _is_torchao(weight: torch.Tensor) -> bool:
 
 def _product_with_identity(module: nn.Module) -> torch.Tensor:
     """W as what the module makes of an identity matrix, less its bias. Each value is one product with 1: not summed."""
+    own = own_tensors(module)
+    dtype = next((tensor.dtype for tensor in own if tensor.dtype in _PLAIN), torch.float16)
+    width, device = int(module.in_features), own[0].device  # type: ignore[arg-type]
+    nothing = torch.zeros(1, width, dtype=dtype, device=device)
+    # Some pack their tensors anew, in place, at their first product. A copy's would break the module itself.
+    type(module).forward(module, nothing)
     # A copy that shares the tensors: without hooks, which may be busy with a batch, and without the bias, beside
     # which W would be rounded.
     bare = copy.copy(module)
@@ -159,16 +169,13 @@ def _product_with_identity(module: nn.Module) -> torch.Tensor:
     bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
     if getattr(bare, "bias", None) is not None:
         setattr(bare, "bias", None)  # noqa: B010  (of a type that modules do not declare)
-    own = own_tensors(bare)
-    dtype = next((tensor.dtype for tensor in own if tensor.dtype in _PLAIN), torch.float16)
-    width, device = int(module.in_features), own[0].device  # type: ignore[arg-type]
 
     def product(x: torch.Tensor) -> torch.Tensor:
         # The class's: an instance's forward may have been taken over.
         y: torch.Tensor = type(bare).forward(bare, x)
         return y
 
-    rest = product(torch.zeros(1, width, dtype=dtype, device=device))
+    rest = product(nothing)
     columns = []
     for start in range(0, width, _ROWS):
         x = torch.zeros(min(_ROWS, width - start), width, dtype=dtype, device=device)

@@ -13,7 +13,7 @@ _COPIES = {f"base_model.model.{name}.weight" for name in ("model.embed_tokens", 
 
 
 @pytest.mark.filterwarnings("ignore")
-@each_family
+@each_family("LN_TUNING", "TRAINABLE_TOKENS")
 def test_copies_of_the_base_are_not_kept_and_changed_ones_refused(tmp_path, method):
     """PEFT gives the same adapter without them, and they are large: a vocabulary's embeddings."""
     tenant = tenant_with(SMALL[method](target_modules=["q_proj"]))

@@ -62,7 +62,7 @@ def mutate(checkpoint, pick):
 
 
 @pytest.mark.filterwarnings("ignore")
-@each_family
+@each_family()
 def test_any_mutation_is_converted_or_refused_by_a_typed_error(method):
     base = BaseModel.of(base_of())
     checkpoint = read_checkpoint(tenant_with(SMALL[method](target_modules=["q_proj", "down_proj"])))

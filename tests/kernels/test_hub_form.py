@@ -16,7 +16,18 @@ import kernels as hub
 import lorakit_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPORTS = ["Stack", "entry", "expand_", "lookup", "plan", "shrink", "stacked_lora"]
+EXPORTS = [
+    "Stack",
+    "Whole",
+    "entry",
+    "expand_",
+    "lookup",
+    "plan",
+    "replace_",
+    "replaced",
+    "shrink",
+    "stacked_lora",
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from lorakit import AdapterBank, MultiLoraModel
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.convert import convert
 from lorakit.adapters.places import places
+from lorakit.errors import BaseModelNotFoundError
 
 TARGETS = ["q_proj", "down_proj"]
 PATHS = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
@@ -105,7 +106,7 @@ def test_a_mixed_batch_is_pefts_beside_the_base(kind, base, folder, device, meth
     own, expected = base(**batch).logits, tenant(**batch).logits
     mixed = model(**batch, adapter_ids=["tenant", None, "tenant"]).logits
     assert relative(mixed[[0, 2]], expected[[0, 2]]) <= kind.tolerance
-    assert torch.equal(mixed[1], own[1])
+    assert relative(mixed[1], own[1]) <= kind.rows
     assert relative(own[[0, 2]], expected[[0, 2]]) > 0.2, "the adapter does nothing, so nothing is tested"
 
 
@@ -130,7 +131,7 @@ def test_conversions_that_read_weights_read_them_dequantised(kind, base, device,
     tenant = METHODS[method](reference)
     set_peft_model_state_dict(tenant, get_peft_model_state_dict(source(method)))
     assert relative(mixed[0], tenant(**batch).logits[0]) <= 10 * kind.product
-    assert torch.equal(mixed[1], base(**batch).logits[1])
+    assert relative(mixed[1], base(**batch).logits[1]) <= kind.rows
 
 
 @torch.no_grad()
@@ -141,6 +142,10 @@ def test_a_quantised_folder_is_read_dequantised(kind, base, tmp_path, folder, de
     if not kind.name.startswith(("gptq", "awq")):
         named = tmp_path / "base"
         base.save_pretrained(named)
+    if not kind.unpacks:
+        with pytest.raises(BaseModelNotFoundError, match="Put the model on a device"):
+            lorakit.export({"dora": source("dora")}, tmp_path / "bank", base_model=named)
+        return
     bank = lorakit.export({"dora": source("dora"), "lora": source("lora")}, tmp_path / "bank", base_model=named)
     live = lorakit.export({"dora": source("dora")}, tmp_path / "live", base_model=base)
     assert bank["dora"].base_quantisation == live["dora"].base_quantisation == kind.name

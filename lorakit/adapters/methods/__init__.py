@@ -131,7 +131,8 @@ def convert(checkpoint: Checkpoint, base: BaseModel, choices: Choices = NONE) ->
     form = whole.put_back(own, apart, without_tokens.checkpoint, resized.base)
     form = tokens.put_back(form, without_tokens, resized.checkpoint, resized.base)
     form = vocabulary.put_back(form, resized, checkpoint, base)
-    if form.rank and (dtype := weight_dtype(own)) != weight_dtype(form):
+    beside = resized.modules or without_tokens.modules or apart.tensors
+    if beside and form.rank and (dtype := weight_dtype(own)) != weight_dtype(form):
         form = dataclasses.replace(form, extras={**form.extras, _DTYPE: torch.empty(0, dtype=dtype)})
     return form
 
