@@ -54,7 +54,7 @@ test: $(STAMPS)/dev  ## run the tests
 
 .PHONY: quantised
 quantised: $(STAMPS)/dev $(STAMPS)/quantisers  ## run the tests on quantised bases, each with its quantiser
-	PYTHONPATH=$(VENV)/quantisers OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest tests/runtime/test_quantised.py
+	PYTHONPATH=$(VENV)/quantisers OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests/runtime/test_quantised.py
 
 .PHONY: compatibility
 compatibility: $(STAMPS)/dev  ## measure which methods are exact, and write docs/guides/compatibility.md

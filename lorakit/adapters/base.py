@@ -26,7 +26,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.places import Place, base_modules, own_tensors, parameter_places, place_of, places
-from lorakit.adapters.quantised import FULL_PRECISION, dequantised, is_packed, quantisation
+from lorakit.adapters.quantised import FULL_PRECISION, bias_of, dequantised, is_packed, is_weightless, quantisation
 from lorakit.errors import BaseModelMismatchError, BaseModelNotFoundError
 
 # PEFT's task types and the class that each is trained on (peft.mapping.MODEL_TYPE_TO_PEFT_MODEL_MAPPING).
@@ -203,8 +203,8 @@ class _LiveWeights:
         module, item = self._at(name)
         if module is None:
             return None
-        packed = item == "weight" and _is_packed_place(module)
         tensor = getattr(module, item, None)
+        packed = _is_packed(module, item) and (item == "weight" or tensor is not None)
         read = own_tensors(module) if packed else [tensor]
         if any(tensor.is_meta for tensor in read if tensor is not None):
             raise BaseModelNotFoundError(
@@ -214,7 +214,7 @@ class _LiveWeights:
         if not packed:
             return None if tensor is None else tensor.detach()
         try:
-            return dequantised(module)
+            return dequantised(module) if item == "weight" else bias_of(module)
         except Exception as error:  # each quantiser raises its own
             raise BaseModelNotFoundError(
                 f"the live base model's {name} cannot be dequantised ({type(error).__name__}: {error}). Put the model "
@@ -224,7 +224,7 @@ class _LiveWeights:
     def stored(self, name: str) -> torch.Tensor | None:
         module, item = self._at(name)
         tensor = getattr(module, item, None)
-        if module is None or tensor is None or tensor.is_meta or (item == "weight" and _is_packed_place(module)):
+        if module is None or tensor is None or tensor.is_meta or _is_packed(module, item):
             return None
         return tensor.detach()
 
@@ -303,6 +303,11 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _is_packed_place(module: nn.Module) -> bool:
     return place_of(module) is not None and is_packed(module)
+
+
+def _is_packed(module: nn.Module, item: str) -> bool:
+    """Whether a module keeps its weight, or its bias, in a form of its own."""
+    return _is_packed_place(module) if item == "weight" else item == "bias" and is_weightless(module)
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:

@@ -51,6 +51,24 @@ def is_packed(module: nn.Module) -> bool:
     return weight.dtype not in _PLAIN or _unpacks_itself(weight) or _is_torchao(weight)
 
 
+def is_weightless(module: nn.Module) -> bool:
+    """Whether a linear keeps no weight that it could unpack, as GPTQ's and AWQ's: their kernels may keep a bias in an
+    order of their own, too.
+    """
+    unpacks = isinstance(getattr(module, "weight", None), torch.Tensor) or hasattr(module, "W_q")
+    return place_of(module) is not None and not unpacks
+
+
+@torch.no_grad()
+def bias_of(module: nn.Module) -> torch.Tensor:
+    """b (out,) of a weightless module that has a bias: what it gives for zeros.
+
+    Raises:
+        Exception: as `dequantised`.
+    """
+    return _product_with_zeros(module)[0]
+
+
 def dequantised(module: nn.Module) -> torch.Tensor:
     """W of a packed module in memory, one that `is_packed`.
 
@@ -156,12 +174,8 @@ def _is_torchao(weight: torch.Tensor) -> bool:
 
 def _product_with_identity(module: nn.Module) -> torch.Tensor:
     """W as what the module makes of an identity matrix, less its bias. Each value is one product with 1: not summed."""
-    own = own_tensors(module)
-    dtype = next((tensor.dtype for tensor in own if tensor.dtype in _PLAIN), torch.float16)
-    width, device = int(module.in_features), own[0].device  # type: ignore[arg-type]
-    nothing = torch.zeros(1, width, dtype=dtype, device=device)
     # Some pack their tensors anew, in place, at their first product. A copy's would break the module itself.
-    type(module).forward(module, nothing)
+    _product_with_zeros(module)
     # A copy that shares the tensors: without hooks, which may be busy with a batch, and without the bias, beside
     # which W would be rounded.
     bare = copy.copy(module)
@@ -169,16 +183,24 @@ def _product_with_identity(module: nn.Module) -> torch.Tensor:
     bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
     if getattr(bare, "bias", None) is not None:
         setattr(bare, "bias", None)  # noqa: B010  (of a type that modules do not declare)
-
-    def product(x: torch.Tensor) -> torch.Tensor:
-        # The class's: an instance's forward may have been taken over.
-        y: torch.Tensor = type(bare).forward(bare, x)
-        return y
-
-    rest = product(nothing)
+    rest = _product_with_zeros(bare)
     columns = []
+    width = int(module.in_features)  # type: ignore[arg-type]
     for start in range(0, width, _ROWS):
-        x = torch.zeros(min(_ROWS, width - start), width, dtype=dtype, device=device)
+        x = _zeros(bare, min(_ROWS, width - start))
         x.diagonal(start).fill_(1)
-        columns.append(product(x) - rest)
+        columns.append(type(bare).forward(bare, x) - rest)
     return torch.cat(columns).T.contiguous()
+
+
+def _product_with_zeros(module: nn.Module) -> torch.Tensor:
+    """(1, out), by the class's forward: an instance's may have been taken over, and may have hooks."""
+    y: torch.Tensor = type(module).forward(module, _zeros(module, 1))
+    return y
+
+
+def _zeros(module: nn.Module, rows: int) -> torch.Tensor:
+    """(rows, in) of the dtype that a module is given, on its device."""
+    own = own_tensors(module)
+    dtype = next((tensor.dtype for tensor in own if tensor.dtype in _PLAIN), torch.float16)
+    return torch.zeros(rows, int(module.in_features), dtype=dtype, device=own[0].device)  # type: ignore[arg-type]

@@ -47,6 +47,35 @@ def test_a_module_without_a_weight_is_asked_for_its_product(width, height, bias)
     assert not calls and (module.bias is not None) == bias and not weight.requires_grad
 
 
+class Repacked(Weightless):
+    """One that packs its tensors anew at its first product, and keeps its bias in another order, as Marlin's do."""
+
+    packed = False
+
+    def forward(self, x):
+        if not self.packed:
+            self.packed = True
+            self.qweight.copy_(self.qweight.flip(1).clone())
+            if self.bias is not None:
+                self.bias.copy_(self.bias.flip(0).clone())
+        return super().forward(x).flip(-1)
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["never used", "used"])
+def test_a_module_that_packs_itself_anew_stays_what_it_was(used):
+    base = ARCHITECTURES["llama"].build()
+    attention = base.model.layers[0].self_attn
+    plain = Weightless(attention.q_proj)
+    attention.q_proj = Repacked(attention.q_proj)
+    x = torch.randn(3, 32).half()
+    if used:
+        attention.q_proj(x)
+    found, path = BaseModel.of(base), "model.layers.0.self_attn.q_proj"
+    assert torch.equal(found.weight(path), dequantised(plain))
+    assert torch.equal(found.bias(path), plain.bias) and found.parameter(f"{path}.bias") is None
+    assert torch.equal(attention.q_proj(x), plain(x))
+
+
 def test_a_base_of_such_modules_is_read():
     base = ARCHITECTURES["llama"].build()
     expected = BaseModel.of(base)

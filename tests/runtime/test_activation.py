@@ -372,10 +372,10 @@ SMALL = torch.tensor([[40, 5, 6, 41], [5, 6, 42, 43], [44, 45, 5, 6], [5, 6, 5, 
 SMALL_IDS = ["early", "dora", None, "early"]
 
 
-@pytest.mark.parametrize("copies", [1, pytest.param(5, marks=pytest.mark.slow)], ids=["decoding", "prompts"])
+@pytest.mark.parametrize("copies", [1, pytest.param(5, marks=pytest.mark.gpu)], ids=["decoding", "prompts"])
 @torch.no_grad()
 def test_kernels_give_pefts_logits(with_kernels, copies):
-    """Up to 64 tokens take the kernels for decoding, more of them those for prompts."""
+    """Up to 64 tokens take the kernels for decoding, more of them those for prompts: minutes in the interpreter."""
     base, tenants, model = small()
     ids, names = SMALL.repeat(copies, 1), SMALL_IDS * copies
     for _ in range(2):  # the first round finds siblings, the second serves them together

@@ -65,8 +65,11 @@ def dequantised(model, device):
     found, result = BaseModel.of(model), copy.deepcopy(plain()).to(device)
     for name, parameter in result.named_parameters():
         path, _, item = name.rpartition(".")
-        linear = item == "weight" and found.places.get(path)
-        parameter.copy_(found.weight(path) if linear and linear.kind == "linear" else found.parameter(name))
+        place = found.places.get(path)
+        if place is None or place.kind != "linear":
+            parameter.copy_(found.parameter(name))
+        else:
+            parameter.copy_(found.weight(path) if item == "weight" else found.bias(path))
     return result
 
 

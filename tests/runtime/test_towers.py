@@ -77,7 +77,7 @@ def test_videos(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.gpu)])
 @torch.no_grad()
 def test_kernels_serve_towers_alike(monkeypatch, name):
     inputs, _ = inputs_of(name, [1, 2, 0])
