@@ -154,8 +154,9 @@ class ModuleLayout:
         rank = fields.count("rank", limit=_FEATURES_LIMIT)
         if ("a" in places) != ("b" in places) or (rank and "a" not in places):
             raise BankError(f"{where} should have both a and b, or neither and rank 0")
-        if "w" in places and places.keys() & {"a", "c"}:
-            raise BankError(f"{where} has a w, which takes the place of a, b and c")
+        scale = fields.number("scale")
+        if "w" in places and (places.keys() & {"a", "c"} or scale != 1):
+            raise BankError(f"{where} has a w, which takes the place of a, b and c, and a scale of 1")
         if ("t" in places) != ("added" in fields.value):
             raise BankError(f"{where} should have both t and added, or neither")
         if kind == "norm" and places.keys() & {"a", "w", "t"}:
@@ -168,7 +169,7 @@ class ModuleLayout:
             in_features=fields.count("in", least=1, limit=_FEATURES_LIMIT),
             out_features=fields.count("out", least=1, limit=_FEATURES_LIMIT),
             rank=rank,
-            scale=fields.number("scale"),
+            scale=scale,
             a=places.get("a"),
             b=places.get("b"),
             c=places.get("c"),

@@ -199,3 +199,11 @@ def test_experts_have_factors_and_nothing_else() -> None:
     module["rank"] = 0
     with pytest.raises(BankError, match="of experts.*a and b alone"):
         Layout.from_json(layout)
+
+
+def test_a_whole_weight_of_another_scale_is_no_layout() -> None:
+    value = Layout.of(odd_form(3)).to_json()
+    module = next(module for module in value["modules"] if "w" in module)
+    module["scale"] = 2.0
+    with pytest.raises(BankError, match="has a w, which takes the place of a, b and c, and a scale of 1"):
+        Layout.from_json(value)

@@ -389,7 +389,7 @@ def test_kernels_give_pefts_logits(with_kernels, copies):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"prefill_chunk_size": 2}, pytest.param({"num_beams": 2}, marks=pytest.mark.slow)], ids=str
+    "options", [{}, {"prefill_chunk_size": 2}, pytest.param({"num_beams": 2}, marks=pytest.mark.gpu)], ids=str
 )
 def test_kernels_generate_what_stacks_do(monkeypatch, options):
     _, _, model = small()

@@ -63,7 +63,7 @@ class Family:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", pytest.param("gpt2", marks=pytest.mark.gpu)])
 @torch.no_grad()
 def test_logits_in_a_mixed_batch_equal_pefts(name):
     family = Family(name, ["lora", "dora", "embeddings", "saved", "biases"])
