@@ -35,7 +35,8 @@ def convert(
         name: the adapter's name, for messages.
         source: a PEFT folder, a Hub id, a live `PeftModel`, or a checkpoint already read.
         base: the base that it was trained on.
-        dtype: what A, B and w are cast to; None keeps the checkpoint's own, so that it can be written back bit for bit.
+        dtype: what A, B, w and t are cast to; None keeps the checkpoint's own, so that it can be written back bit for
+            bit.
         choices: what the user chose where the checkpoint leaves it open.
         check_finite: refuse NaN and Inf here. A bank does so while it writes, and once is enough; what is cast is
             checked in any case, as afterwards nobody could tell what was too large from what was broken.
@@ -82,7 +83,7 @@ def _check_range(form: AdapterForm, name: str, dtype: torch.dtype) -> None:
 
 
 def cast(form: AdapterForm, dtype: torch.dtype) -> AdapterForm:
-    """The form with A, B and w in another dtype; c and d stay fp32."""
+    """The form with A, B, w and t in another dtype; c and d stay fp32."""
     modules = {}
     for path, module in form.modules.items():
         weights: dict[str, Any] = {item: tensor.to(dtype) for item, tensor in module.tensors() if item in WEIGHTS}
