@@ -1,6 +1,7 @@
 """What holds for every test: no network, one torch thread a worker, fixed seeds, torch's global state left alone."""
 
 import os
+import sys
 
 # Read when torch and transformers are imported, so set before either is.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -41,6 +42,14 @@ def _seeds():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet():
+    """Dynamo counts recompilations by code object, and all models of a process share transformers' code: without this
+    the test that compiles the ninth model fails."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _torch_state():
