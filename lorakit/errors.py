@@ -76,3 +76,42 @@ class MissingDependencyError(LorakitError, ImportError):
 
 class PoolFullError(LorakitError, MemoryError):
     """The adapters of one batch do not fit the memory set aside for adapters."""
+
+
+class RequestError(LorakitError, ValueError):
+    """A request asks for what cannot be: a parameter out of range, a token that does not exist, a prompt too long."""
+
+
+class ModelInUseError(LorakitError, RuntimeError):
+    """The model is being served by an engine, so it cannot be called directly or given to another one."""
+
+
+class EngineError(LorakitError, RuntimeError):
+    """The engine cannot serve a request."""
+
+
+class EngineBusyError(EngineError):
+    """So much waits already that no more is taken.
+
+    Attributes:
+        retry_after: seconds after which a place is likely to be free.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message, retry_after)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class EngineStoppedError(EngineError):
+    """The engine was not started, or was stopped with the request still open."""
+
+
+class EngineCrashedError(EngineError):
+    """The engine's loop failed with the request open; its cause is the error."""
+
+
+class DeadlineExceededError(LorakitError, TimeoutError):
+    """A request was not done by its deadline; the tokens that it has can still be read."""

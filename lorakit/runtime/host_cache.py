@@ -69,7 +69,7 @@ class HostExtent:
 class HostCache:
     """Extents by key, least recently used first. A key stands for an adapter's content.
 
-    It has no lock: its owner's covers every call.
+    It has no lock: its owner's covers every call but `read`.
 
     Attributes:
         limit: bytes that the buffers together may take; 0 keeps nothing.
@@ -118,16 +118,36 @@ class HostCache:
         Raises:
             BankCorruptedError, …: as `source.read_into` raises them; the cache is as it was.
         """
+        extent = self.read(source, dtype)
+        self.keep(key, extent)
+        return extent
+
+    def read(self, source: Extent | ExtentReader, dtype: torch.dtype | None = None) -> HostExtent:
+        """Brings an adapter into host memory, and does not keep it. Alone of all here, it may run in any thread.
+
+        Args:
+            source: as in `put`.
+            dtype: as in `put`.
+
+        Raises:
+            BankCorruptedError, …: as `source.read_into` raises them.
+        """
         dtype = dtype or source.dtype
-        layout = source.layout
-        buffer = torch.empty(layout.nbytes(dtype), dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
+        buffer = torch.empty(source.layout.nbytes(dtype), dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         _fill(buffer, source, dtype)
-        extent = HostExtent(layout, dtype, buffer)
+        return HostExtent(source.layout, dtype, buffer)
+
+    def keep(self, key: str, extent: HostExtent) -> None:
+        """Keeps an adapter that was read, if it has room beside those that are being copied.
+
+        Args:
+            key: what it is found by; an adapter of that key is replaced.
+            extent: the adapter.
+        """
         self.drop(key)
         if self._make_room(self._taken(extent)):
             self._entries[key] = extent
             self._nbytes += self._taken(extent)
-        return extent
 
     def drop(self, key: str) -> None:
         """Forgets an adapter. torch frees a pinned buffer only when the copies out of it have ended."""

@@ -38,6 +38,7 @@ from lorakit.errors import (
     BaseModelMismatchError,
     BaseModelNotFoundError,
     ConfigError,
+    ModelInUseError,
     UnsupportedMethodError,
 )
 from lorakit.runtime import ops
@@ -70,6 +71,24 @@ class _Formed(NamedTuple):
     kernels: bool
     dtype: torch.dtype
     batches: tuple[Batch, ...]
+
+
+class Adapter(NamedTuple):
+    """An adapter as it is now: another may come under its name.
+
+    Attributes:
+        name: its name.
+        key: what its slot is kept under, which stands for its content.
+        source: where it can be read.
+        invocation: the tokens from which on it acts, or None if it always does.
+        added: the tokens that it adds to the vocabulary.
+    """
+
+    name: str
+    key: str
+    source: Extent | ExtentReader
+    invocation: tuple[int, ...] | None
+    added: int
 
 
 class _Local(NamedTuple):
@@ -138,6 +157,7 @@ class MultiLoraModel(nn.Module):
         self._generation: Generation | None = None
         self._multimodal = has_towers(model)
         self._mask: LogitsMask | None = None
+        self._lent = False
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
@@ -301,6 +321,70 @@ class MultiLoraModel(nn.Module):
                 self._unloaded.add(name)
 
     @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Gives the base to one caller, which serves by `serving`; `forward` and `generate` are refused meanwhile.
+
+        Raises:
+            ModelInUseError: it is lent already.
+        """
+        with self._lock:
+            self._check_not_lent()
+            self._lent = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lent = False
+                self._last = None
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """To be held for whatever is done with `pool`, `adapter` and slots."""
+        return self._lock
+
+    @property
+    def pool(self) -> AdapterPool:
+        """The adapters on the model's device."""
+        return self._pool
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter as it is now.
+
+        Raises:
+            AdapterNotFoundError: the model does not serve it.
+        """
+        with self._lock:
+            if name not in self._local and (name in self._unloaded or self.bank is None or name not in self.bank):
+                raise self._unknown(name)
+            source = self._stored(name)
+            added = max((module.added for module in source.layout.modules), default=0)
+            return Adapter(name, self._key(name), source, self._invocation(name), added)
+
+    @contextmanager
+    def serving(self, slots: Sequence[Slot | None], kept: Sequence[int] | None) -> Iterator[None]:
+        """Sets the adapters of one forward of the base over single tokens of any rows, and takes them away again.
+
+        Args:
+            slots: of each token that the forward is given, in their order; held, and waited for, by the caller.
+            kept: the places of the tokens of which it computes logits; None: of all.
+        """
+        if not any(slots):
+            yield
+            return
+        rows = Rows(tuple(slots), exact=True)
+        self._adapt(rows)
+        at_output = rows if kept is None else Rows(tuple(slots[place] for place in kept), exact=True)
+        with self._serving(self._apart(rows, at_output, frozenset(rows.touched))):
+            yield
+
+    def _check_not_lent(self) -> None:
+        if self._lent:
+            raise ModelInUseError(
+                "the model is served by an engine; submit requests to the engine, or close it before the model is "
+                "called directly."
+            )
+
+    @contextmanager
     def _batch(
         self,
         adapter_ids: AdapterIds,
@@ -312,6 +396,7 @@ class MultiLoraModel(nn.Module):
     ) -> Iterator[None]:
         """Sets the rows' adapters for what runs inside, and takes them away again whatever happens there."""
         with self._lock, self._set_aside():
+            self._check_not_lent()
             ids = self._ids(adapter_ids, args, kwargs)
             starts = self._starts(ids, offsets, args, kwargs, generating=generating)
             slots = self._slots(ids, starts)
@@ -462,11 +547,15 @@ class MultiLoraModel(nn.Module):
     def _rows_of(self, activation: Activation, forward: Pass, towers: frozenset[str]) -> list[Rows]:
         """The rows of a forward in which adapters begin to act; the output's module may see fewer tokens."""
         rows = activation.rows(forward.columns, forward.copies)
-        touched = frozenset(rows.touched) - towers
+        at_output = activation.tokens(forward.kept, forward.copies) if rows.exact else rows
+        return self._apart(rows, at_output, frozenset(rows.touched) - towers)
+
+    def _apart(self, rows: Rows, at_output: Rows, touched: frozenset[str]) -> list[Rows]:
+        """Rows for all modules of these paths but the output layer, and its own for that."""
         output = self.model.get_output_embeddings()
         heads = frozenset(path for path in touched if rows.exact and self.model.get_submodule(path) is output)
         body = rows._replace(paths=touched - heads)
-        return [body, activation.tokens(forward.kept, forward.copies)._replace(paths=heads)] if heads else [body]
+        return [body, at_output._replace(paths=heads)] if heads else [body]
 
     def _formed(self, rows: Sequence[Rows]) -> tuple[Batch, ...]:
         """The batches of these rows: the last ones if they had the same, else new ones."""

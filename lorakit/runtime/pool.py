@@ -161,7 +161,9 @@ class AdapterPool:
             self._slots.move_to_end(key)
         return self._slots.get(key)
 
-    def put(self, key: str, source: Extent | ExtentReader, *, name: str, keep: Collection[str] = ()) -> Slot:
+    def put(
+        self, key: str, source: Extent | ExtentReader | HostExtent, *, name: str, keep: Collection[str] = ()
+    ) -> Slot:
         """Brings an adapter to the device by one copy, evicting idle adapters if there is a limit.
 
         On CUDA the copy runs beside the computation: `wait` before reading the slot. Where the free bytes are in
@@ -169,7 +171,8 @@ class AdapterPool:
 
         Args:
             key: what the slot is found by; a slot of that key has this content already and is given as it is.
-            source: the adapter, its weights in any dtype; not looked at if host memory has the adapter still.
+            source: the adapter, its weights in any dtype; not looked at if host memory has the adapter still. One that
+                `HostCache.read` gave has the pool's dtype.
             name: the adapter's name, for messages.
             keep: keys that must stay resident; their slots may move.
 
@@ -285,8 +288,14 @@ class AdapterPool:
         else:
             self._free(slot)
 
-    def _host(self, key: str, source: Extent | ExtentReader) -> HostExtent:
-        return self.host.get(key) or self.host.put(key, source, self.dtype)
+    def _host(self, key: str, source: Extent | ExtentReader | HostExtent) -> HostExtent:
+        found = self.host.get(key)
+        if found is not None:
+            return found
+        if isinstance(source, HostExtent):
+            self.host.keep(key, source)
+            return source
+        return self.host.put(key, source, self.dtype)
 
     def _plan(self, nbytes: int, name: str, keep: Collection[str]) -> _Plan:
         """Finds out, on a copy of the arena, what makes a hole; nothing is done yet."""
