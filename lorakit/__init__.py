@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorakit.adapters.bank import AdapterBank
     from lorakit.adapters.export import export
+    from lorakit.engine.engine import Engine
     from lorakit.errors import LorakitError
     from lorakit.runtime.model import MultiLoraModel
 
 _HOMES = {
     "AdapterBank": "lorakit.adapters.bank",
+    "Engine": "lorakit.engine.engine",
     "LorakitError": "lorakit.errors",
     "MultiLoraModel": "lorakit.runtime.model",
     "export": "lorakit.adapters.export",
 }
 
-__all__ = ["AdapterBank", "LorakitError", "MultiLoraModel", "export"]
+__all__ = ["AdapterBank", "Engine", "LorakitError", "MultiLoraModel", "export"]
 
 
 def __getattr__(name: str) -> Any:

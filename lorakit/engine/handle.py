@@ -12,10 +12,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lorakit.engine.request import Request
 from lorakit.errors import LorakitError
+
+if TYPE_CHECKING:
+    from lorakit.engine.job import Job
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -77,20 +80,30 @@ class RequestHandle:
         id: names it in logs.
         request: what was asked for.
         submitted: when, by `time.monotonic`.
+        jobs: the engine's own, one a sequence.
     """
 
-    def __init__(self, id: str, request: Request, cancel: Callable[[RequestHandle], None]) -> None:
+    def __init__(
+        self,
+        id: str,
+        request: Request,
+        cancel: Callable[[RequestHandle], None],
+        ended: Callable[[RequestHandle], None],
+    ) -> None:
         """Begins to wait.
 
         Args:
             id: names it.
             request: what is asked for.
             cancel: tells the engine that nobody wants it any more.
+            ended: tells the engine that it has ended; called once.
         """
         self.id = id
         self.request = request
         self.submitted = time.monotonic()
+        self.jobs: list[Job] = []
         self._cancel = cancel
+        self._when_ended = ended
         self._changed = threading.Condition()
         self._tokens: list[Token] = []
         self._ended: dict[int, _Ended] = {}
@@ -130,6 +143,18 @@ class RequestHandle:
             seen += len(new)
             yield from new
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for the end of all sequences, however they end.
+
+        Args:
+            timeout: seconds, or None for as long as it takes.
+
+        Returns:
+            Whether they have ended.
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: self.done, timeout)
+
     def results(self, timeout: float | None = None) -> list[Completion]:
         """Waits for the end of all sequences.
 
@@ -140,9 +165,8 @@ class RequestHandle:
             TimeoutError: it has not ended; it goes on.
             LorakitError: it failed.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
-                raise TimeoutError(f"request {self.id} has not ended after {timeout} s; it goes on.")
+        if not self.wait(timeout):
+            raise TimeoutError(f"request {self.id} has not ended after {timeout} s; it goes on.")
         return self._results()
 
     def result(self, timeout: float | None = None) -> Completion:
@@ -202,14 +226,18 @@ class RequestHandle:
                 seconds=time.monotonic() - self.submitted,
                 cached_tokens=cached,
             )
-            self._ended[sequence] = _Ended(completion, None)
-            self._tell()
+            self._end({sequence: _Ended(completion, None)})
 
     def fail(self, error: BaseException) -> None:
         """All that has not ended yet ends by an error."""
         with self._changed:
-            for sequence in range(self.request.n):
-                self._ended.setdefault(sequence, _Ended(None, error))
+            self._end({sequence: _Ended(None, error) for sequence in range(self.request.n)})
+
+    def _end(self, ended: dict[int, _Ended]) -> None:
+        if not self.done:
+            self._ended = {**ended, **self._ended}
+            if self.done:
+                self._when_ended(self)
             self._tell()
 
     def _tell(self) -> None:

@@ -77,7 +77,7 @@ def token_ids(prompt: object, vocabulary: int) -> tuple[int, ...]:
     """
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.squeeze(0).tolist() if prompt.dim() == 2 and len(prompt) == 1 else prompt.tolist()
-    if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence) and not hasattr(prompt, "__iter__"):
+    if isinstance(prompt, str | bytes) or (not isinstance(prompt, Sequence) and not hasattr(prompt, "__iter__")):
         raise RequestError(f"the prompt is a {type(prompt).__name__}; give its token ids, as a tokenizer makes them.")
     ids = list(prompt)
     if not ids:

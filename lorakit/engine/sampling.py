@@ -37,9 +37,8 @@ class Settings(NamedTuple):
 GREEDY = Settings(0.0, 0, 1.0, 0.0)
 
 
-def draw(seed: int, place: int) -> float:
-    """A request's number for the token at a place of its sequence, uniform in [0, 1)."""
-    # By a string, as hashes of others of Python's types are not promised to stay: the same in every process.
+def draw(seed: str, place: int) -> float:
+    """A sequence's number for the token at a place, uniform in [0, 1): the same in every process."""
     return random.Random(f"{seed}/{place}").random()
 
 

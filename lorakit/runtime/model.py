@@ -26,6 +26,7 @@ from lorakit.adapters import convert, fingerprint, names
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel, architecture_class
 from lorakit.adapters.choices import NONE, Choices
+from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.layout import Extent
 from lorakit.adapters.methods.alora import invocation_of
 from lorakit.adapters.peft_reader import Source
@@ -659,7 +660,15 @@ class MultiLoraModel(nn.Module):
         assert self.bank is not None
         self._compare_base(name)  # it may have come into the bank after the model was made
         entry = self.bank[name]
-        return ExtentReader(entry.layout, entry.dtype, partial(self.bank.read_into, name))
+        return ExtentReader(entry.layout, entry.dtype, partial(self._read_into, self.bank, entry))
+
+    @staticmethod
+    def _read_into(bank: AdapterBank, entry: AdapterEntry, buffer: torch.Tensor) -> Extent:
+        """Reads an adapter, and no other that came under its name meanwhile."""
+        extent = bank.read_into(entry.name, buffer)
+        if bank[entry.name].blake3 != entry.blake3:
+            raise AdapterNotFoundError(f"adapter {entry.name!r} was replaced in the bank while it was read; try again.")
+        return extent
 
     def _key(self, name: str) -> str:
         """What an adapter's slot is kept under: its content, so that one replaced under its name is never served."""

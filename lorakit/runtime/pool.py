@@ -155,6 +155,11 @@ class AdapterPool:
         """Resident adapters, least recently used first."""
         return list(self._slots)
 
+    @property
+    def held(self) -> bool:
+        """Whether a batch holds any slot."""
+        return any(slot.holds for slot in (*self._slots.values(), *self._leaving))
+
     def get(self, key: str) -> Slot | None:
         """The slot of an adapter, now the most recently used, or None if it is not resident."""
         if key in self._slots:

@@ -115,6 +115,14 @@ def starts_of(
     )
 
 
+def last_occurrence(invocation: tuple[int, ...], ids: tuple[int, ...]) -> int | None:
+    """Where the last occurrence of the invocation tokens begins; None where they are not."""
+    for start in range(len(ids) - len(invocation), -1, -1):
+        if ids[start] == invocation[0] and ids[start : start + len(invocation)] == invocation:
+            return start
+    return None
+
+
 def _find(row: int, name: str, invocation: tuple[int, ...], prompt: Prompt) -> int | None:
     """Where the last occurrence of the invocation tokens begins in a row."""
     acts = f"row {row}: adapter {name!r} acts from its invocation tokens on"
@@ -122,12 +130,9 @@ def _find(row: int, name: str, invocation: tuple[int, ...], prompt: Prompt) -> i
         raise AdapterIdsError(
             f"{acts}, which are looked for in input_ids; give these beside the embeddings, or {_REMEDY}."
         )
-    ids = tuple(prompt.ids[row].tolist())
-    for start in range(len(ids) - len(invocation), -1, -1):
-        if ids[start] == invocation[0] and ids[start : start + len(invocation)] == invocation:
-            return start
-    if prompt.whole:
-        return None
+    start = last_occurrence(invocation, tuple(prompt.ids[row].tolist()))
+    if start is not None or prompt.whole:
+        return start
     raise AdapterIdsError(
         f"{acts}, and they are not among these input_ids, which continue a cache: whether it acted there cannot be "
         f"seen. Give {_REMEDY}."

@@ -1,0 +1,470 @@
+"""transformers' continuous batching with an adapter a request: the only file that knows its internals.
+
+What is taken over, and by which of its seams:
+
+    requests      `State` carries a job; a state that leaves the batch and is made anew keeps it
+    scheduler     waiting requests come in the order of `Admission`, each with its adapter on the device
+    cache         blocks are found by their tokens and by the content of the adapter that acts on them
+    runner        every token is given its slot; every row is drawn by its own settings
+    outputs       tokens go to the job as they come, and so does an error
+
+The paged cache, the batches' tensors, chunked prefill, asynchronous batches, CUDA graphs and tensor parallelism are
+transformers' own. `tests/engine/test_contract.py` fails first when one of these seams moves.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import ContinuousBatchingConfig
+
+from lorakit.engine import sampling
+from lorakit.engine.admission import Admission
+from lorakit.engine.job import Job
+from lorakit.errors import MissingDependencyError
+from lorakit.runtime.model import MultiLoraModel
+
+SUPPORTED = SpecifierSet(">=5.23,<5.24")
+"""The versions of transformers whose internals these are."""
+
+if Version(transformers.__version__) not in SUPPORTED:
+    raise MissingDependencyError(
+        f"the engine is built on the internals of transformers {SUPPORTED}, and {transformers.__version__} is "
+        f'installed: pip install "transformers{SUPPORTED}". MultiLoraModel.generate works with either.'
+    )
+
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingAsyncIOs
+from transformers.generation.continuous_batching.model_runner import ModelRunner, infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+from transformers.generation.continuous_batching.utils import (
+    find_head_dim,
+    find_num_key_value_heads,
+    stream_context,
+)
+from transformers.utils.generic import is_flash_attention_requested
+
+
+@dataclass(eq=False, repr=False)
+class State(RequestState):
+    """A request as transformers sees it, with its job."""
+
+    job: Job | None = None
+
+    @classmethod
+    def of(cls, job: Job) -> State:
+        """A job that has not begun."""
+        request = job.request
+        return cls(
+            request_id=job.id,
+            initial_tokens=list(request.prompt),
+            max_new_tokens=request.max_new_tokens,
+            eos_token_id=sorted(request.stop_token_ids),
+            job=job,
+        )
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt as it was submitted; those generated before a new beginning are none of them."""
+        return self._true_initial_tokens or len(self.initial_tokens)
+
+    def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
+        """Gives the token to the job, which knows of more ends than transformers does."""
+        assert self.job is not None
+        finished = super().update_and_check_completion(token_id, logprob)
+        if self.job.take(token_id, logprob) and not finished:
+            self.status = RequestStatus.FINISHED
+        return self.status == RequestStatus.FINISHED
+
+    def create_equivalent_initial_request(self) -> State:
+        """The state of the same job after it had to leave the batch."""
+        fresh = super().create_equivalent_initial_request()
+        return State(**{**vars(fresh), "job": self.job})
+
+
+class _Salted(Sequence[int]):
+    """Tokens as the cache hashes them, a block at a time: those that an adapter acts on come with its salt."""
+
+    def __init__(self, tokens: list[int], job: Job, block: int) -> None:
+        self._tokens = tokens
+        self._job = job
+        self._block = block
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, item: Any) -> Any:
+        found = self._tokens[item]
+        salt = self._job.salt
+        if salt is None or not isinstance(item, slice) or len(found) < self._block or item.stop <= self._job.start:
+            return found
+        return [*salt, *found]
+
+
+class Cache(PagedAttentionCache):
+    """The paged cache, its blocks shared among requests of the same adapter content only.
+
+    A block before an adapter begins to act is the base's, and shared with it.
+    """
+
+    owners: dict[str, Job]
+
+    def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
+        """The number of tokens at the prompt's beginning that some request of the same content has computed."""
+        job = self.owners[request_id]
+        found: int = super().search_prefix_match(request_id, self._salted(prompt_ids, job))
+        job.cached = found
+        return found
+
+    def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
+        """Lets others find the blocks that a request has filled."""
+        assert isinstance(state, State) and state.job is not None
+        # A job that has ended, while its batch ran, has no blocks any more.
+        if not self.allow_block_sharing or not complete_blocks or state.status == RequestStatus.FINISHED:
+            return
+        tokens = self._salted(state.initial_tokens + state.generated_tokens, state.job)
+        for name, count in complete_blocks.items():
+            allocator = self.cache_allocators[name]
+            if state.request_id in allocator.block_table:
+                allocator.mark_complete_blocks(state.request_id, tokens, count)
+
+    def _salted(self, tokens: list[int], job: Job) -> _Salted:
+        # Only layers of full attention share blocks, and theirs are all of one size.
+        allocator = next(iter(self.cache_allocators.values()))
+        return _Salted(tokens, job, allocator.tokens_per_page)
+
+
+class Scheduler(FIFOScheduler):
+    """transformers' scheduler, which admits what `Admission` offers."""
+
+    admission: Admission
+    cache: Cache
+
+    def reset(self) -> None:
+        """Forgets all requests."""
+        super().reset()
+        self.cache.owners = {}
+
+    def add_waiting_request(self, state: RequestState) -> None:
+        """Takes a request that is new, or that had to leave the batch."""
+        assert isinstance(state, State) and state.job is not None
+        if state.job.over:
+            self.admission.forget(state.job)
+            return
+        super().add_waiting_request(state)
+        self.cache.owners[state.request_id] = state.job
+        self.admission.wait(state.job)
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Runs at the beginning of every step: what has ended goes."""
+        for job in (*self.admission.overdue(), *self.admission.failed()):
+            self.set_request_cancellation(job.id)
+        cancelled: list[RequestState] = super().clear_cancelled_requests()
+        for state in cancelled:
+            assert isinstance(state, State) and state.job is not None
+            # Its batch may still run: what comes of it is not looked at.
+            state._status = RequestStatus.FINISHED
+            self.admission.forget(state.job)
+            self.cache.owners.pop(state.request_id, None)
+        self.admission.let_go(lambda key: key in self.active_requests or key in self.waiting_requests)
+        return cancelled
+
+    def finish_request(self, request_id: str) -> None:
+        """Takes a request out of the batch."""
+        super().finish_request(request_id)
+        self.cache.owners.pop(request_id, None)
+
+    def schedule_batch(
+        self, token_budget: int, cache_budget: int
+    ) -> tuple[list[FutureRequestState] | None, bool, int, int]:
+        """Chooses the requests, and their tokens, of the next batch."""
+        scheduled = super().schedule_batch(token_budget, cache_budget)
+        self.admission.admitted(self.active_requests)
+        return scheduled
+
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        places = self.max_requests_per_batch - len(self.active_requests)
+        jobs = self.admission.candidates(places, idle=not self.active_requests)
+        return [self.waiting_requests[job.id] for job in jobs]
+
+
+class Rows:
+    """Each row's settings and each token's slot, where transformers has its processors of logits.
+
+    Attributes:
+        is_sampled: whether some row of the batch that was prepared last is not greedy.
+        has_logprobs: whether some row of it wants logarithmic probabilities.
+    """
+
+    tensors_required = sampling.ROWS
+    do_processing = False
+
+    def __init__(self) -> None:
+        self.is_sampled = self.has_logprobs = False
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """There are none."""
+        assert not kwargs
+
+    def fill_defaults(self, tensor: torch.Tensor) -> None:
+        """Rows that nobody reads are greedy."""
+        tensor.copy_(sampling.rows_of([sampling.GREEDY]))
+
+    def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: torch.Tensor) -> None:
+        """Writes the settings of the rows that get a new token."""
+        rows = [future.state for future in requests_in_batch if future.has_new_token]
+        self.is_sampled = any(state.job.request.temperature for state in rows)
+        self.has_logprobs = any(state.job.request.logprobs for state in rows)
+        if self.is_sampled:
+            # The position was advanced already: the new token's place after the prompt.
+            settings = [state.job.settings(state.position_offset - state.prompt_length) for state in rows]
+            arg_storage[: sampling.ROWS, : len(rows)] = sampling.rows_of(settings)
+
+
+class Runner(ModelRunner):
+    """Runs the base with every token's adapter, and draws every row by its own settings."""
+
+    model: MultiLoraModel
+    admission: Admission
+
+    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
+        """Runs a batch that was prepared."""
+        with self._stream():
+            self.model.pool.wait(self.admission.fresh())
+        with self._serving(batch_data, model):
+            super().compute_batch(model, batch_data)
+
+    def _stream(self) -> AbstractContextManager[Any]:
+        stream = self.inputs_and_outputs.compute_stream
+        context: AbstractContextManager[Any] = stream_context(stream) if stream is not None else nullcontext()
+        return context
+
+    def _serving(self, batch_data: dict[str, Any], model: nn.Module) -> AbstractContextManager[None]:
+        """Sets the adapters of the batch's tokens."""
+        tokens = batch_data["input_ids"].shape[1]
+        slots = [slot for future in self._futures() for slot in _slots(future)]
+        slots += [None] * (tokens - len(slots))  # padding
+        if not any(slots):
+            return nullcontext()
+        kept: list[int] | None = None
+        if self.supports_logits_to_keep(model):
+            kept = self._kept(batch_data["logits_indices"].shape[0])
+        return self.model.serving(slots, kept)
+
+    def _kept(self, rows: int) -> list[int]:
+        """The places of the tokens whose logits are computed; rows that get no new token look at the first."""
+        kept, end = [], 0
+        for future in self._futures():
+            end += future.query_length
+            if future.has_new_token:
+                kept.append(end - 1)
+        return kept + [0] * (rows - len(kept))
+
+    def _futures(self) -> list[FutureRequestState]:
+        io = self.inputs_and_outputs
+        io = io.io_pairs[io.current_pair].host_io if isinstance(io, ContinuousBatchingAsyncIOs) else io
+        found: list[FutureRequestState] = io.requests_in_batch
+        return found
+
+    def _forward_process_and_sample(
+        self,
+        model: nn.Module,
+        batch_data: dict[str, Any],
+        carry_over_ids: torch.Tensor,
+        prev_output_ids: torch.Tensor,
+        output_ids: torch.Tensor,
+    ) -> None:
+        self.inputs_and_outputs.carry_over_tokens(batch_data["input_ids"], carry_over_ids, prev_output_ids)
+        logits = model(**batch_data).logits
+        if "logits_to_keep" not in batch_data:
+            logits = logits[:, batch_data["logits_indices"], :]
+        logits = logits[0].float()
+        rows = self.logit_processor
+        tokens = sampling.sample(logits, batch_data["logits_processor_args"]) if rows.is_sampled else logits.argmax(-1)
+        output_ids[0, : len(tokens)].copy_(tokens)
+        if rows.has_logprobs:
+            # Bits of fp32, as transformers keeps them.
+            output_ids[1, : len(tokens)].copy_(sampling.logprobs_of(logits, tokens).view(torch.int32))
+
+
+def _slots(future: FutureRequestState) -> Iterator[Any]:
+    """The slot of each of a request's tokens in a batch that was prepared."""
+    job, end = future.state.job, future.state.position_offset
+    if job is None:  # transformers' own, to warm up
+        return iter([None] * future.query_length)
+    return (job.slot_at(position) for position in range(end - future.query_length, end))
+
+
+class Router(OutputRouter):
+    """Outputs: tokens have gone to their jobs already, so only errors are left to be told."""
+
+    def deliver(self, output: object) -> None:
+        """Does nothing."""
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        """Does nothing."""
+
+    def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
+        """Tells a job of an error."""
+        assert isinstance(state, State) and state.job is not None
+        state.status = RequestStatus.FAILED
+        state.job.fail(error)
+
+
+class Processor(ContinuousBatchProcessor):
+    """transformers' batch processor, with our runner."""
+
+    def serve(self, model: MultiLoraModel, admission: Admission) -> None:
+        """Puts our parts in."""
+        runner = Runner(
+            logit_processor=self.logit_processor,
+            cb_config=self.cb_config,
+            cache=self.cache,
+            inputs_and_outputs=self.inputs_and_outputs,
+            do_sample=False,
+            return_logprobs=True,
+        )
+        runner.model, runner.admission = model, admission
+        self.model_runner = runner
+
+
+def blocks_in(nbytes: int, model: PreTrainedModel, page_size: int, max_batch_tokens: int) -> int:
+    """How many blocks of the paged cache so many bytes hold, with what attention needs beside them; at least one."""
+    config = model.config.get_text_config()
+    page = FullAttentionCacheAllocator.get_bytes_per_page(
+        find_num_key_value_heads(config), find_head_dim(config), model.dtype, page_size
+    )
+    # Without FlashAttention there is a mask of (batch tokens, cache tokens).
+    mask = 0 if is_flash_attention_requested(config) else max_batch_tokens * page_size * model.dtype.itemsize
+    return max(1, nbytes // (page * config.num_hidden_layers + mask))
+
+
+class Batching(ContinuousBatchingManager):
+    """The loop of one engine, in a thread of its own. It is started once."""
+
+    def __init__(
+        self,
+        model: MultiLoraModel,
+        admission: Admission,
+        config: ContinuousBatchingConfig,
+        crashed: Callable[[Exception], None],
+    ) -> None:
+        """Takes the base over; `stop` gives it back.
+
+        Args:
+            model: lent to the engine.
+            admission: offers jobs.
+            config: of transformers' continuous batching.
+            crashed: called in the loop's thread with what ended it.
+        """
+        base = model.model
+        assert isinstance(base, PreTrainedModel)
+        # What a request ends by, and how it is drawn, its job knows.
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        super().__init__(base, generation, config)
+        self.logit_processor = Rows()
+        self.output_router = Router()
+        self._served = model
+        self._admission = admission
+        self._crashed = crashed
+
+    def start(self) -> None:
+        """Starts the loop."""
+        self.background_thread_status.clear()
+        # Should a forward never return, the process can still end.
+        self._generation_thread = threading.Thread(target=self._run_generation_loop, name="lorakit-engine", daemon=True)
+        self._generation_thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Adds a job. Callable from any thread."""
+        self.input_queue.put(State.of(job))
+        self.wake()
+
+    def withdraw(self, job: Job) -> None:
+        """Takes out a job that has ended for its caller. Callable from any thread."""
+        self.cancel_request(job.id)
+
+    def wake(self) -> None:
+        """Has the loop look for work now. Callable from any thread."""
+        self._wake_up_loop.set()
+
+    def prepare(self) -> None:
+        """Makes the cache, and captures graphs where there are any."""
+        self.warmup()
+
+    @property
+    def capacity(self) -> int:
+        """The tokens that one request may have, prompt and all, if it is alone."""
+        assert self.batch_processor is not None
+        most: int = infer_max_single_request_tokens(self.batch_processor.cache)
+        return most
+
+    @property
+    def free_share(self) -> float:
+        """The share of the cache that is free, or kept only because its prefix may be asked for again."""
+        assert self.batch_processor is not None
+        cache = self.batch_processor.cache
+        kept = sum(len(ca.ledger.cached_blocks) * ca.bytes_per_block for ca in cache.cache_allocators.values())
+        free: float = cache.compute_free_capacity(relative=False) + kept
+        return free / (cache.num_sectors * cache.bytes_per_sector)
+
+    def _create_batch_processor(self) -> Processor:
+        if isinstance(self.batch_processor, Processor):
+            return self.batch_processor
+        config = self.continuous_batching_config
+        cache = Cache(
+            config=self.model.config.get_text_config(),
+            continuous_batching_config=config,
+            device=self.model.device,
+            distributed_helper=self.distributed_helper,
+            dtype=self.model.dtype,
+            model_supports_logits_to_keep=self.model._supports_logits_to_keep(),
+        )
+        cache.owners = {}
+        self._use_prefix_sharing = cache.use_prefix_sharing
+        update_cb_config_after_cache_creation(
+            cb_config=config, num_blocks=cache.num_blocks, max_batch_tokens=cache.max_batch_tokens
+        )
+        if not cache.max_decode_fast_path_length:
+            config.max_blocks_per_request = 0
+        scheduler = Scheduler(cache, config.safety_margin, config.max_requests_per_batch)
+        scheduler.admission = self._admission
+        processor = Processor(
+            cache=cache,
+            config=self.model.config.get_text_config(),
+            generation_config=self.generation_config,
+            continuous_batching_config=config,
+            logit_processor=self.logit_processor,
+            input_queue=self.input_queue if self.is_tp_driver else None,
+            cancel_queue=self.cancel_queue if self.is_tp_driver else None,
+            output_router=self.output_router,
+            background_thread_status=self.background_thread_status,
+            model_device=self.model.device,
+            model_dtype=self.model.dtype,
+            scheduler=scheduler,
+            distributed_helper=self.distributed_helper,
+        )
+        processor.serve(self._served, self._admission)
+        return processor
+
+    def _handle_critical_error(self, error: Exception, batch_processor: ContinuousBatchProcessor | None) -> None:
+        self._crashed(error)
+        super()._handle_critical_error(error, batch_processor)

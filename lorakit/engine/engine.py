@@ -1,0 +1,482 @@
+"""The engine: requests for any mix of adapters, batched continuously on one model.
+
+    with lorakit.Engine(model) as engine:
+        handle = engine.submit(prompt_ids, adapter_id="sql", max_new_tokens=64)
+        for token in handle: ...
+
+A loop in a thread of its own runs transformers' continuous batching (`batching.py`); requests join between two steps,
+their adapters are loaded while others run, and every tenant gets its turn. The weight side and the request side meet
+here. Knows token ids; no text and no HTTP.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.generation import ContinuousBatchingConfig
+
+from lorakit.engine.admission import Admission
+from lorakit.engine.batching import Batching, blocks_in
+from lorakit.engine.config import EngineConfig
+from lorakit.engine.handle import Completion, RequestHandle
+from lorakit.engine.job import Job
+from lorakit.engine.request import Request, stop_strings, stop_tokens, token_ids
+from lorakit.engine.residency import Residency
+from lorakit.engine.stopping import Decode
+from lorakit.engine.tenants import Tenants
+from lorakit.errors import (
+    AdapterIdsError,
+    ConfigError,
+    EngineBusyError,
+    EngineCrashedError,
+    EngineStoppedError,
+    RequestError,
+)
+from lorakit.runtime.model import MultiLoraModel
+
+EngineState = Literal["new", "ready", "restarting", "dead", "closed"]
+
+_CPU_CACHE = 1 << 30
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine is doing.
+
+    Attributes:
+        state: whether it serves.
+        open: requests that have not ended.
+        waiting: sequences of them that have not begun.
+        resident: adapters on the device.
+        adapter_bytes: bytes that they take.
+        cache_free: the share of the key-value cache that is free or can be at once.
+    """
+
+    state: EngineState
+    open: int
+    waiting: int
+    resident: int
+    adapter_bytes: int
+    cache_free: float
+
+
+class Engine:
+    """Serves requests on one model until it is closed. All methods may be called from any thread.
+
+    Attributes:
+        model: the model; its `forward` and `generate` are refused while the engine has it, `load_adapter` and
+            `unload_adapter` are not.
+        config: the settings.
+    """
+
+    def __init__(
+        self, model: MultiLoraModel, config: EngineConfig | None = None, *, decode: Decode | None = None
+    ) -> None:
+        """Takes nothing yet; `start`, or a `with` block, does.
+
+        Args:
+            model: the model to serve, in evaluation mode.
+            config: the settings.
+            decode: token ids → their text (a tokenizer's `decode`); needed for stop strings alone.
+        """
+        self.model = model
+        self.config = config or EngineConfig()
+        self._decode = decode
+        self._lock = threading.RLock()
+        self._state: EngineState = "new"
+        self._open: dict[str, RequestHandle] = {}
+        self._ids = itertools.count()
+        self._restarts = 0
+        self._cause: BaseException | None = None
+        self._resources = ExitStack()
+        self._batching: Batching | None = None
+        self._tenants = Tenants(self.config.tenants, self.config.default_tenant)
+        self._residency: Residency | None = None
+        self._restarting: threading.Thread | None = None
+        self._done = _Rate()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def state(self) -> EngineState:
+        """Whether it serves: "ready"; "restarting" after a crash; "dead" when it will not again."""
+        return self._state
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that one sequence may have, its prompt included."""
+        return self._running().capacity
+
+    def start(self) -> Self:
+        """Takes the model and begins to serve.
+
+        Raises:
+            EngineStoppedError: it was started before; make a new one.
+            ModelInUseError: another engine serves the model.
+            MemoryError: the device has no room for the cache.
+        """
+        with self._lock:
+            if self._state != "new":
+                raise EngineStoppedError(f"the engine is {self._state}; an engine is started once, make a new one.")
+            with ExitStack() as taken:
+                taken.enter_context(self.model.lent())
+                self._start()
+                self._resources = taken.pop_all()
+            self._state = "ready"
+        return self
+
+    def close(self) -> None:
+        """Ends the loop after the step under way, and gives the model back; requests still open fail.
+
+        To let them end first, wait for their handles, or `drain`.
+        """
+        with self._lock:
+            if self._state in ("new", "closed"):
+                self._state = "closed"
+                return
+            self._state = "closed"
+        restarting = self._restarting
+        if restarting is not None and restarting is not threading.current_thread():
+            restarting.join(self.config.stop_timeout)
+        self._fail_open(EngineStoppedError("the engine was closed before the request was done; start another one."))
+        self._stop()
+        self._resources.close()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Waits until no request is open.
+
+        Args:
+            timeout: seconds, or None for as long as it takes.
+
+        Returns:
+            Whether none is.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        for handle in list(self._open.values()):
+            left = None if end is None else end - time.monotonic()
+            if not handle.wait(left):
+                return False
+        return True
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        adapter_id: str | None = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Iterable[str] | None = None,
+        stop_token_ids: int | Iterable[int] | None = None,
+        ignore_eos: bool = False,
+        logprobs: bool = False,
+        n: int = 1,
+        deadline: float | None = None,
+        tenant: str | None = None,
+    ) -> RequestHandle:
+        """Queues a request, and returns at once.
+
+        Args:
+            prompt: its token ids, or a tensor of one row of them.
+            adapter_id: an adapter's name, or None for the base.
+            max_new_tokens: the most tokens that are generated.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: sample among the k most likely tokens; 0: all.
+            top_p: sample among the fewest most likely tokens whose probabilities sum to so much.
+            seed: makes sampling repeatable, whatever else is in the batch. None: a random one.
+            stop: texts that end it, see `Engine`'s `decode`; the text generated then holds one.
+            stop_token_ids: tokens that end it beside the base's end-of-sequence tokens.
+            ignore_eos: do not end at the latter.
+            logprobs: give each token's logarithmic probability.
+            n: sequences to draw.
+            deadline: seconds from now after which it fails.
+            tenant: whose turn it takes; None: the adapter's name, "" for the base.
+
+        Returns:
+            What its tokens are read from.
+
+        Raises:
+            RequestError: a parameter cannot be, or the request cannot fit the cache.
+            AdapterNotFoundError: the model does not serve this adapter.
+            EngineBusyError: too much waits; with the seconds after which to try again.
+            EngineStoppedError, EngineCrashedError: the engine does not run.
+        """
+        batching = self._running()
+        added = 0 if adapter_id is None else self.model.adapter(adapter_id).added
+        vocabulary = self.model.config.get_text_config().vocab_size + added
+        texts = stop_strings(stop)
+        if texts and self._decode is None:
+            raise ConfigError("stop strings need text: make the engine with decode=tokenizer.decode.")
+        request = Request(
+            prompt=token_ids(prompt, vocabulary),
+            adapter=adapter_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=random.getrandbits(63) if seed is None else seed,
+            stop_token_ids=stop_tokens(stop_token_ids, vocabulary) | (set() if ignore_eos else self._eos()),
+            stop_strings=texts,
+            logprobs=logprobs,
+            n=n,
+            deadline=deadline,
+            tenant=tenant if tenant is not None else adapter_id or "",
+        )
+        self._check_length(request, batching)
+        return self._queue(request)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapter_ids: str | Sequence[str | None] | None = None,
+        *,
+        progress: bool = True,
+        **settings: Any,
+    ) -> list[Completion]:
+        """Serves many prompts, and waits for all.
+
+        Args:
+            prompts: token ids of each.
+            adapter_ids: a name or None for each, or one for all.
+            progress: show a bar.
+            **settings: as `submit` takes them.
+
+        Returns:
+            The completions in the prompts' order; n of each if n sequences are drawn.
+
+        Raises:
+            AdapterIdsError: as many ids as prompts are needed.
+            LorakitError: the first request that failed; the others are cancelled.
+        """
+        if adapter_ids is None or isinstance(adapter_ids, str):
+            adapter_ids = [adapter_ids] * len(prompts)
+        ids = list(adapter_ids)
+        if len(ids) != len(prompts):
+            raise AdapterIdsError(f"adapter_ids has {len(ids)} entries for {len(prompts)} prompts; give one a prompt.")
+        handles: list[RequestHandle] = []
+        try:
+            with tqdm(total=len(prompts), disable=not progress, unit="request") as bar:
+                for prompt, name in zip(prompts, ids, strict=True):
+                    handles.append(self._submit_when_free(prompt, name, settings))
+                found = []
+                for handle in handles:
+                    found += handle.results()
+                    bar.update()
+                return found
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def stats(self) -> EngineStats:
+        """What it is doing now."""
+        batching = self._batching
+        with self.model.lock:
+            resident, nbytes = len(self.model.pool.keys), self.model.pool.nbytes
+        return EngineStats(
+            state=self._state,
+            open=len(self._open),
+            waiting=self._tenants.waiting,
+            resident=resident,
+            adapter_bytes=nbytes,
+            cache_free=1.0 if batching is None or self._state != "ready" else batching.free_share,
+        )
+
+    def _queue(self, request: Request) -> RequestHandle:
+        with self._lock:
+            batching = self._running()
+            over = self._tenants.waiting + request.n > self.config.max_waiting
+            if over or not self._tenants.may_wait(request.tenant, request.n):
+                whose = "the engine" if over else f"tenant {request.tenant!r}"
+                seconds = self._done.seconds_for(request.n)
+                raise EngineBusyError(
+                    f"{whose} has as many sequences waiting as it may; try again in {seconds:.0f} s.", seconds
+                )
+            handle = RequestHandle(f"request-{next(self._ids)}", request, self._cancel, self._ended)
+            self._open[handle.id] = handle
+            self._tenants.count(request.tenant, waiting=request.n)
+            for sequence in range(request.n):
+                job = Job(handle, sequence, self._decode)
+                handle.jobs.append(job)
+                batching.submit(job)
+        return handle
+
+    def _submit_when_free(self, prompt: Sequence[int], name: str | None, settings: dict[str, Any]) -> RequestHandle:
+        while True:
+            try:
+                return self.submit(prompt, name, **settings)
+            except EngineBusyError:
+                time.sleep(0.05)
+
+    def _check_length(self, request: Request, batching: Batching) -> None:
+        length = len(request.prompt) + request.max_new_tokens
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limits = {"the model has positions for": positions, "the key-value cache holds": batching.capacity}
+        for what, most in limits.items():
+            if most is not None and length > most:
+                raise RequestError(
+                    f"the prompt's {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} are "
+                    f"{length}, and {what} {most}; shorten one of them."
+                )
+
+    def _eos(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        eos = self.model.config.get_text_config().eos_token_id if eos is None else eos
+        return {eos} if isinstance(eos, int) else set(eos or ())
+
+    def _cancel(self, handle: RequestHandle) -> None:
+        batching = self._batching
+        for job in handle.jobs:
+            job.cancel()
+            if batching is not None:
+                batching.withdraw(job)
+
+    def _ended(self, handle: RequestHandle) -> None:
+        self._open.pop(handle.id, None)
+        self._done.count(handle.request.n)
+
+    def _running(self) -> Batching:
+        if self._state == "dead":
+            raise EngineCrashedError(f"the engine is down: {self._cause}. Make a new one.") from self._cause
+        if self._state == "restarting":
+            raise EngineBusyError("the engine is starting anew after a crash; try again in a few seconds.", 5.0)
+        if self._state != "ready" or self._batching is None:
+            remedy = "call start(), or use it in a with block" if self._state == "new" else "make a new one"
+            raise EngineStoppedError(f"the engine does not run; {remedy}.")
+        return self._batching
+
+    def _start(self) -> None:
+        """Makes the loop and all that it works with anew, and starts it."""
+        base = self.model.model
+        assert isinstance(base, PreTrainedModel)
+        self._tenants = Tenants(self.config.tenants, self.config.default_tenant)
+        self._residency = Residency(self.model, readers=self.config.readers, wake=self._wake)
+        admission = Admission(
+            self.model,
+            self._residency,
+            self._tenants,
+            quantum=self.config.quantum,
+            patience=self.config.patience,
+        )
+        batching = Batching(self.model, admission, self._settings(base), self._crashed)
+        try:
+            batching.prepare()
+        except BaseException:
+            batching.stop()
+            self._residency.close()
+            raise
+        self._batching = batching
+        batching.start()
+
+    def _settings(self, base: PreTrainedModel) -> ContinuousBatchingConfig:
+        """transformers' settings."""
+        config, cuda = self.config, self.model.device.type == "cuda"
+        page_size = config.page_size or (256 if cuda else 32)
+        max_batch_tokens = config.max_batch_tokens or (8192 if cuda else 512)
+        max_requests = min(config.max_requests or (256 if cuda else 32), max_batch_tokens)
+        memory = config.cache_memory or (None if cuda else _CPU_CACHE)
+        blocks = None if memory is None else blocks_in(memory, base, page_size, max_batch_tokens)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if blocks is not None and positions is not None:
+            # More than all requests can fill is of no use.
+            blocks = min(blocks, max_requests * -(-positions // page_size))
+        return ContinuousBatchingConfig(
+            page_size=page_size,
+            num_blocks=blocks,
+            max_batch_tokens=max_batch_tokens,
+            max_requests_per_batch=max_requests,
+            allow_block_sharing=config.prefix_cache,
+            use_cuda_graph=False,
+            return_logprobs=True,
+        )
+
+    def _wake(self) -> None:
+        batching = self._batching
+        if batching is not None:
+            batching.wake()
+
+    def _stop(self) -> None:
+        batching, self._batching = self._batching, None
+        if batching is not None:
+            batching.stop(hard_stop=True, timeout=self.config.stop_timeout)
+            batching.destroy()
+        if self._residency is not None:
+            self._residency.close()
+
+    def _crashed(self, error: Exception) -> None:
+        """The loop has failed, in its own thread: nobody waits for it any longer."""
+        with self._lock:
+            if self._state == "closed":
+                return
+            self._cause = error
+            again = self._restarts < self.config.restarts
+            self._state = "restarting" if again else "dead"
+            self._restarts += 1
+        _log.error("the engine's loop failed: %s", error, exc_info=error)
+        crash = EngineCrashedError(f"the engine's loop failed: {type(error).__name__}: {error}")
+        crash.__cause__ = error
+        self._fail_open(crash)
+        if again:
+            self._restarting = threading.Thread(target=self._restart, name="lorakit-restart", daemon=True)
+            self._restarting.start()
+
+    def _restart(self) -> None:
+        """Starts a new loop in the place of one that failed."""
+        try:
+            self._stop()
+            with self._lock:
+                if self._state != "restarting":
+                    return
+                self._start()
+                self._state = "ready"
+        except Exception as error:  # noqa: BLE001 - whatever keeps it from starting, it is down
+            with self._lock:
+                self._state, self._cause = "dead", error
+
+    def _fail_open(self, error: BaseException) -> None:
+        for handle in list(self._open.values()):
+            for job in handle.jobs:
+                job.over = True
+            handle.fail(error)
+
+
+class _Rate:
+    """How fast sequences end, of late."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since = time.monotonic()
+        self._per_second = 0.0
+
+    def count(self, sequences: int) -> None:
+        """So many have ended."""
+        with self._lock:
+            now = time.monotonic()
+            elapsed = max(now - self._since, 1e-3)
+            # An average over about the last ten.
+            self._per_second += 0.1 * (sequences / elapsed - self._per_second)
+            self._since = now
+
+    def seconds_for(self, sequences: int) -> float:
+        """After how long so many places should be free: a second at least, a minute at most."""
+        with self._lock:
+            return min(60.0, max(1.0, sequences / self._per_second if self._per_second else 1.0))

@@ -1,0 +1,133 @@
+"""One sequence that the engine generates: what a batch needs to know of it, and when it ends.
+
+A request of n sequences has n jobs. Only the engine's thread touches one. Knows token ids and a slot; no batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+from lorakit.engine import sampling
+from lorakit.engine.handle import FinishReason, RequestHandle
+from lorakit.engine.stopping import Decode, StopStrings
+from lorakit.runtime.model import Adapter
+from lorakit.runtime.pool import Slot
+from lorakit.runtime.prompts import last_occurrence
+
+_SALT = struct.Struct("<4i")
+
+
+class Job:
+    """One sequence.
+
+    Attributes:
+        id: names it; no other job has the same.
+        handle: where its tokens go.
+        sequence: which of its request's it is.
+        request: what was asked for.
+        slot: the slot that acts on its tokens; None for the base.
+        held: the slot that is held for it, which may not act at all.
+        bound: whether `bind` has been called.
+        start: the token from which on its adapter acts.
+        salt: four 32-bit numbers that stand for the adapter's content; None for the base.
+        generated: its tokens.
+        cached: tokens of its prompt that the prefix cache had.
+        over: whether it has ended, for whatever reason.
+    """
+
+    def __init__(self, handle: RequestHandle, sequence: int, decode: Decode | None) -> None:
+        """Begins.
+
+        Args:
+            handle: of its request.
+            sequence: which of its sequences it is.
+            decode: makes text of tokens, for stop strings.
+        """
+        self.handle = handle
+        self.sequence = sequence
+        self.request = handle.request
+        self.id = handle.id if self.request.n == 1 else f"{handle.id}/{sequence}"
+        self.slot: Slot | None = None
+        self.held: Slot | None = None
+        self.bound = False
+        self.start = 0
+        self.salt: tuple[int, ...] | None = None
+        self.generated: list[int] = []
+        self.cached = 0
+        self.over = False
+        self._stopping = StopStrings(self.request.stop_strings, decode) if decode is not None else None
+        self._seed = f"{self.request.seed}/{sequence}"
+
+    @property
+    def adapter(self) -> str | None:
+        """Its adapter's name."""
+        return self.request.adapter
+
+    @property
+    def cost(self) -> int:
+        """The tokens that it may take at most."""
+        return len(self.request.prompt) + self.request.max_new_tokens
+
+    @property
+    def unused(self) -> int:
+        """Those of them that it did not take."""
+        return self.request.max_new_tokens - len(self.generated)
+
+    @property
+    def deadline(self) -> float | None:
+        """When it fails, by `time.monotonic`."""
+        seconds = self.request.deadline
+        return None if seconds is None else self.handle.submitted + seconds
+
+    def bind(self, adapter: Adapter | None, slot: Slot | None) -> None:
+        """Gives it its adapter's slot, or the base (None), for good."""
+        assert not self.bound
+        self.bound = True
+        if adapter is None or slot is None:
+            return
+        if adapter.invocation is not None:
+            start = last_occurrence(adapter.invocation, self.request.prompt)
+            if start is None:
+                return  # as in PEFT, an adapter that is not invoked does not act
+            self.start = start
+        self.slot = slot
+        self.salt = _SALT.unpack(hashlib.blake2b(adapter.key.encode(), digest_size=_SALT.size).digest())
+
+    def slot_at(self, position: int) -> Slot | None:
+        """The slot that acts on the token at a position."""
+        return self.slot if position >= self.start else None
+
+    def settings(self, place: int) -> sampling.Settings:
+        """How the token at a place after the prompt is drawn."""
+        request = self.request
+        if not request.temperature:
+            return sampling.GREEDY
+        return sampling.Settings(request.temperature, request.top_k, request.top_p, sampling.draw(self._seed, place))
+
+    def take(self, token: int, logprob: float | None) -> bool:
+        """Takes a generated token, and tells whether the sequence ends with it."""
+        if self.over:
+            return True
+        self.generated.append(token)
+        self.handle.add(self.sequence, token, logprob if self.request.logprobs else None)
+        if token in self.request.stop_token_ids:
+            self._finish("stop", token)
+        elif self._stopping is not None and (text := self._stopping.found(self.generated)) is not None:
+            self._finish("stop", text)
+        elif len(self.generated) >= self.request.max_new_tokens:
+            self._finish("length", None)
+        return self.over
+
+    def cancel(self) -> None:
+        """Ends where it stands."""
+        self._finish("cancelled", None)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends by an error, and its request with it."""
+        self.over = True
+        self.handle.fail(error)
+
+    def _finish(self, reason: FinishReason, stop: int | str | None) -> None:
+        self.over = True
+        self.handle.finish(self.sequence, reason, stop, self.cached)
