@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
 
 from lorakit.engine.fairness import FairQueue
@@ -49,7 +48,7 @@ class Admission:
         self._waiting: dict[str, Job] = {}
         self._taken: dict[str, Job] = {}
         self._chosen: dict[str, Job] = {}
-        self._resumed: deque[Job] = deque()
+        self._resumed: dict[str, Job] = {}
         self._deadlines: list[tuple[float, str, Job]] = []
         self._failed: list[Job] = []
         self._fresh: list[Slot] = []
@@ -58,7 +57,7 @@ class Admission:
     def wait(self, job: Job) -> None:
         """A job waits: a new one for its turn, one that had to leave the batch before all others."""
         if job.id in self._taken:
-            self._resumed.append(job)
+            self._resumed[job.id] = job
             return
         self._waiting[job.id] = job
         tenant = job.request.tenant
@@ -89,11 +88,9 @@ class Admission:
             places: how many may.
             idle: nothing runs, so that an adapter's copy may be waited for.
         """
-        while self._resumed and (places > 0):
-            job = self._resumed.popleft()
-            if not job.over:
-                places -= 1
-                yield job
+        for job in [job for job in self._resumed.values() if not job.over][: max(0, places)]:
+            places -= 1
+            yield job
         self._choose(places + LOOKAHEAD)
         passable = True
         for job in list(self._chosen.values()):
@@ -109,8 +106,9 @@ class Admission:
 
     def admitted(self, running: Collection[str]) -> None:
         """Tells which jobs run now."""
-        for key in [key for key in self._chosen if key in running]:
-            del self._chosen[key]
+        for waiting in (self._chosen, self._resumed):
+            for key in [key for key in waiting if key in running]:
+                del waiting[key]
 
     def fresh(self) -> list[Slot]:
         """Slots that were bound since the last call: the stream that computes has to wait for them once."""
@@ -135,6 +133,7 @@ class Admission:
         for job in gone:
             del self._taken[job.id]
             self._chosen.pop(job.id, None)
+            self._resumed.pop(job.id, None)
             self._tenants.count(job.request.tenant, running=-1)
             self._queue.refund(job.request.tenant, job.unused)
             if job.held is not None:

@@ -137,12 +137,12 @@ class Cache(PagedAttentionCache):
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
         """Lets others find the blocks that a request has filled."""
         assert isinstance(state, State) and state.job is not None
-        # A job that has ended, while its batch ran, has no blocks any more.
-        if not self.allow_block_sharing or not complete_blocks or state.status == RequestStatus.FINISHED:
+        if not self.use_prefix_sharing or not complete_blocks:
             return
         tokens = self._salted(state.initial_tokens + state.generated_tokens, state.job)
         for name, count in complete_blocks.items():
             allocator = self.cache_allocators[name]
+            # A job that was cancelled while its batch ran has no blocks any more.
             if state.request_id in allocator.block_table:
                 allocator.mark_complete_blocks(state.request_id, tokens, count)
 
@@ -358,7 +358,13 @@ def blocks_in(nbytes: int, model: PreTrainedModel, page_size: int, max_batch_tok
 
 
 class Batching(ContinuousBatchingManager):
-    """The loop of one engine, in a thread of its own. It is started once."""
+    """The loop of one engine, in a thread of its own. It is started once.
+
+    Attributes:
+        capacity: the tokens that one request may have, prompt and all, if it is alone.
+    """
+
+    capacity: int
 
     def __init__(
         self,
@@ -409,13 +415,9 @@ class Batching(ContinuousBatchingManager):
     def prepare(self) -> None:
         """Makes the cache, and captures graphs where there are any."""
         self.warmup()
-
-    @property
-    def capacity(self) -> int:
-        """The tokens that one request may have, prompt and all, if it is alone."""
         assert self.batch_processor is not None
-        most: int = infer_max_single_request_tokens(self.batch_processor.cache)
-        return most
+        # While it is empty: later this would be what is left.
+        self.capacity = infer_max_single_request_tokens(self.batch_processor.cache)
 
     @property
     def free_share(self) -> float:

@@ -48,6 +48,7 @@ from lorakit.runtime.model import MultiLoraModel
 EngineState = Literal["new", "ready", "restarting", "dead", "closed"]
 
 _CPU_CACHE = 1 << 30
+_NEW_TOKENS = 256
 _log = logging.getLogger(__name__)
 
 
@@ -104,6 +105,7 @@ class Engine:
         self._batching: Batching | None = None
         self._tenants = Tenants(self.config.tenants, self.config.default_tenant)
         self._residency: Residency | None = None
+        self._admission: Admission | None = None
         self._restarting: threading.Thread | None = None
         self._done = _Rate()
 
@@ -181,7 +183,7 @@ class Engine:
         prompt: Sequence[int],
         adapter_id: str | None = None,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -199,7 +201,7 @@ class Engine:
         Args:
             prompt: its token ids, or a tensor of one row of them.
             adapter_id: an adapter's name, or None for the base.
-            max_new_tokens: the most tokens that are generated.
+            max_new_tokens: the most tokens that are generated. None: 256, or fewer where no more fit.
             temperature: divides the logits; 0 takes the most likely token.
             top_k: sample among the k most likely tokens; 0: all.
             top_p: sample among the fewest most likely tokens whose probabilities sum to so much.
@@ -227,8 +229,12 @@ class Engine:
         texts = stop_strings(stop)
         if texts and self._decode is None:
             raise ConfigError("stop strings need text: make the engine with decode=tokenizer.decode.")
+        ids = token_ids(prompt, vocabulary)
+        what, room = self._room(batching)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(_NEW_TOKENS, room - len(ids)))
         request = Request(
-            prompt=token_ids(prompt, vocabulary),
+            prompt=ids,
             adapter=adapter_id,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -242,7 +248,11 @@ class Engine:
             deadline=deadline,
             tenant=tenant if tenant is not None else adapter_id or "",
         )
-        self._check_length(request, batching)
+        if len(ids) + max_new_tokens > room:
+            raise RequestError(
+                f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} are {len(ids) + max_new_tokens}, "
+                f"and {what} {room}; shorten one of them."
+            )
         return self._queue(request)
 
     def generate(
@@ -327,16 +337,13 @@ class Engine:
             except EngineBusyError:
                 time.sleep(0.05)
 
-    def _check_length(self, request: Request, batching: Batching) -> None:
-        length = len(request.prompt) + request.max_new_tokens
+    def _room(self, batching: Batching) -> tuple[str, int]:
+        """What limits a sequence's length, and to how many tokens."""
+        limits = {"the key-value cache holds": batching.capacity}
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limits = {"the model has positions for": positions, "the key-value cache holds": batching.capacity}
-        for what, most in limits.items():
-            if most is not None and length > most:
-                raise RequestError(
-                    f"the prompt's {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} are "
-                    f"{length}, and {what} {most}; shorten one of them."
-                )
+        if positions is not None:
+            limits["the model has positions for"] = positions
+        return min(limits.items(), key=lambda limit: limit[1])
 
     def _eos(self) -> set[int]:
         eos = self.model.generation_config.eos_token_id
@@ -370,14 +377,14 @@ class Engine:
         assert isinstance(base, PreTrainedModel)
         self._tenants = Tenants(self.config.tenants, self.config.default_tenant)
         self._residency = Residency(self.model, readers=self.config.readers, wake=self._wake)
-        admission = Admission(
+        self._admission = Admission(
             self.model,
             self._residency,
             self._tenants,
             quantum=self.config.quantum,
             patience=self.config.patience,
         )
-        batching = Batching(self.model, admission, self._settings(base), self._crashed)
+        batching = Batching(self.model, self._admission, self._settings(base), self._crashed)
         try:
             batching.prepare()
         except BaseException:
@@ -419,6 +426,8 @@ class Engine:
         if batching is not None:
             batching.stop(hard_stop=True, timeout=self.config.stop_timeout)
             batching.destroy()
+        if self._admission is not None:
+            self._admission.let_go(lambda _: False)
         if self._residency is not None:
             self._residency.close()
 
@@ -436,8 +445,9 @@ class Engine:
         crash.__cause__ = error
         self._fail_open(crash)
         if again:
-            self._restarting = threading.Thread(target=self._restart, name="lorakit-restart", daemon=True)
-            self._restarting.start()
+            restarting = threading.Thread(target=self._restart, name="lorakit-restart", daemon=True)
+            restarting.start()
+            self._restarting = restarting
 
     def _restart(self) -> None:
         """Starts a new loop in the place of one that failed."""

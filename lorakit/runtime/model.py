@@ -553,8 +553,7 @@ class MultiLoraModel(nn.Module):
 
     def _apart(self, rows: Rows, at_output: Rows, touched: frozenset[str]) -> list[Rows]:
         """Rows for all modules of these paths but the output layer, and its own for that."""
-        output = self.model.get_output_embeddings()
-        heads = frozenset(path for path in touched if rows.exact and self.model.get_submodule(path) is output)
+        heads = touched & {self._base.output} if rows.exact else frozenset()
         body = rows._replace(paths=touched - heads)
         return [body, at_output._replace(paths=heads)] if heads else [body]
 
