@@ -97,12 +97,9 @@ class EngineBusyError(EngineError):
         retry_after: seconds after which a place is likely to be free.
     """
 
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message, retry_after)
+    def __init__(self, *args: object, retry_after: float = 1.0) -> None:
+        super().__init__(*args)
         self.retry_after = retry_after
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class EngineStoppedError(EngineError):

@@ -319,7 +319,8 @@ class Engine:
                 whose = "the engine" if over else f"tenant {request.tenant!r}"
                 seconds = self._done.seconds_for(request.n)
                 raise EngineBusyError(
-                    f"{whose} has as many sequences waiting as it may; try again in {seconds:.0f} s.", seconds
+                    f"{whose} has as many sequences waiting as it may; try again in {seconds:.0f} s.",
+                    retry_after=seconds,
                 )
             handle = RequestHandle(f"request-{next(self._ids)}", request, self._cancel, self._ended)
             self._open[handle.id] = handle
@@ -365,7 +366,9 @@ class Engine:
         if self._state == "dead":
             raise EngineCrashedError(f"the engine is down: {self._cause}. Make a new one.") from self._cause
         if self._state == "restarting":
-            raise EngineBusyError("the engine is starting anew after a crash; try again in a few seconds.", 5.0)
+            raise EngineBusyError(
+                "the engine is starting anew after a crash; try again in a few seconds.", retry_after=5.0
+            )
         if self._state != "ready" or self._batching is None:
             remedy = "call start(), or use it in a with block" if self._state == "new" else "make a new one"
             raise EngineStoppedError(f"the engine does not run; {remedy}.")
@@ -440,7 +443,8 @@ class Engine:
             again = self._restarts < self.config.restarts
             self._state = "restarting" if again else "dead"
             self._restarts += 1
-        _log.error("the engine's loop failed: %s", error, exc_info=error)
+        # transformers has logged where.
+        _log.error("the engine's loop failed (%s); it %s", error, "starts anew" if again else "stays down")
         crash = EngineCrashedError(f"the engine's loop failed: {type(error).__name__}: {error}")
         crash.__cause__ = error
         self._fail_open(crash)

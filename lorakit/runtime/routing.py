@@ -61,6 +61,8 @@ class Routing:
         self._whole = {module.path for slot in used for module in slot.layout.modules if module.w is not None}
         self._columns: dict[str, int] = {}
         self._experts: dict[str, list[_ExpertTable]] = {}
+        # Single tokens are many, and of few slots; rounded up, so that few kernels are compiled.
+        self._segments = min(len(rows.slots), max(16, 1 << (len(used) - 1).bit_length())) if rows.exact else 0
         slots = torch.tensor([-1 if slot is None else slot.index for slot in rows.slots])
         self._plan = ops.plan(slots).to(device)
 
@@ -138,7 +140,10 @@ class Routing:
     def _shrink(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
         columns = [self._columns[module.path] for module in modules]
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
-        return [ops.shrink(tokens, table, self._plan, columns, self._max_rank, dtype) for dtype, table in self._tables]
+        return [
+            ops.shrink(tokens, table, self._plan, columns, self._max_rank, dtype, self._segments)
+            for dtype, table in self._tables
+        ]
 
     def _expand(
         self, modules: Sequence[AdaptedModule], ys: Sequence[torch.Tensor], sums: Sequence[torch.Tensor]
@@ -147,17 +152,17 @@ class Routing:
         tokens = [y.view(-1, y.shape[-1]) for y in ys]
         for h, (dtype, table) in zip(sums, self._tables, strict=True):
             if len({y.dtype for y in ys}) == 1:
-                ops.expand_(tokens, h, table, self._plan, columns, dtype)
+                ops.expand_(tokens, h, table, self._plan, columns, dtype, self._segments)
                 continue
             for i, y in enumerate(tokens):  # a launch writes one dtype
-                ops.expand_([y], h[i : i + 1], table, self._plan, columns[i : i + 1], dtype)
+                ops.expand_([y], h[i : i + 1], table, self._plan, columns[i : i + 1], dtype, self._segments)
 
     def _replace(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> None:
         if module.path in self._whole:
             column = self._columns[module.path]
             given = x.reshape(-1) if module.embedding else x.reshape(-1, x.shape[-1]).contiguous()
             for dtype, table in self._tables:
-                ops.replace_(y.view(-1, y.shape[-1]), given, table, self._plan, column, dtype)
+                ops.replace_(y.view(-1, y.shape[-1]), given, table, self._plan, column, dtype, self._segments)
 
 
 def _tiled(rank: int) -> int:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit_kernels import sgmv
+from lorakit_kernels.tuning import tiles
 
 MIXED = [2, -1, 0, 2, 2, 1, -1, 2, 0]
 
@@ -126,6 +127,22 @@ def test_operators(device, dtypes, per_row):
         dtypes=dtypes,
     )
     check(case, public(case))
+
+
+@pytest.mark.parametrize("segments", [3, 4, 16])
+def test_rows_of_single_tokens_need_programs_for_their_segments_alone(device, segments):
+    """As many as slots in use suffice, and give the same bits as one a row."""
+    slots = [1, 1, 1, -1, 0, 1, 2, 2] * 10
+    case = batch(device, slots=slots, ranks=[(17, 1), (8, 16), (33, 0)], outs=[65, 33])
+    table, rows = case.table, case.plan
+    assert len(slots) > tiles(case.x.device).decode_tokens, "these are the kernels for many tokens"
+    every, bound = [], []
+    for ys, most in ((every, 0), (bound, segments)):
+        ys += [y.clone() for y in case.ys]
+        h = sgmv.shrink(case.x, table, rows, case.columns, case.max_rank, case.weight, most)
+        sgmv.expand_(ys, h, table, rows, case.columns, case.weight, most)
+    check(case, bound)
+    assert all(same_bits(a, b) for a, b in zip(every, bound, strict=True))
 
 
 @pytest.mark.parametrize("per_row", [1, 70])

@@ -162,8 +162,9 @@ def splits(in_features: int, tile: Decode) -> int:
 
 
 def shrink(
-    x: Tensor, h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype, tile: Decode
-) -> None:
+    x: Tensor, h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype, tile: Decode,
+    _segments: int = 0,
+) -> None:  # fmt: skip
     """Launches shrink: arguments as in `sgmv.shrink`, the sums into h (siblings, tokens, splits, max_rank)."""
     siblings, tokens, parts, max_rank = h.shape
     assert max_rank % tile.block_r == 0
@@ -182,7 +183,7 @@ def shrink(
 
 def expand(
     ys: Sequence[Tensor], h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype,
-    tile: Decode,
+    tile: Decode, _segments: int = 0,
 ) -> None:  # fmt: skip
     """Launches expand: arguments as in `sgmv.expand_`."""
     siblings, tokens, parts, max_rank = h.shape

@@ -32,18 +32,18 @@ from .tuning import Prefill
 
 @triton.jit
 def tile_of(
-    tile, plan, rows, tokens_per_row,
-    BLOCK_M: tl.constexpr, ROWS_POWER: tl.constexpr, COLUMNS: tl.constexpr,
+    tile, plan, segments, tokens_per_row,
+    BLOCK_M: tl.constexpr, POWER: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The tile-th tile of all segments: (its slot, -1 past the last; its tokens; which of them are there)."""
-    segment = tl.arange(0, ROWS_POWER)
-    start = tl.load(plan + segment * COLUMNS + 3, mask=segment < rows, other=0)
-    end = tl.load(plan + segment * COLUMNS + 4, mask=segment < rows, other=0)
+    segment = tl.arange(0, POWER)
+    start = tl.load(plan + segment * COLUMNS + 3, mask=segment < segments, other=0)
+    end = tl.load(plan + segment * COLUMNS + 4, mask=segment < segments, other=0)
     ends = tl.cumsum(tl.cdiv((end - start) * tokens_per_row, BLOCK_M), 0)
     index = tl.sum((ends <= tile).to(tl.int32), 0)
-    slot = tl.load(plan + index * COLUMNS + 2, mask=index < rows, other=-1)
-    start = tl.load(plan + index * COLUMNS + 3, mask=index < rows, other=0)
-    end = tl.load(plan + index * COLUMNS + 4, mask=index < rows, other=0)
+    slot = tl.load(plan + index * COLUMNS + 2, mask=index < segments, other=-1)
+    start = tl.load(plan + index * COLUMNS + 3, mask=index < segments, other=0)
+    end = tl.load(plan + index * COLUMNS + 4, mask=index < segments, other=0)
     before = tl.max(tl.where(segment < index, ends, 0), 0)
     place = (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = place < (end - start) * tokens_per_row
@@ -59,19 +59,19 @@ def product(a, b, acc, EXACT: tl.constexpr):
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
 
 
-@triton.jit(do_not_specialize=["rows", *VARYING])
+@triton.jit(do_not_specialize=["segments", *VARYING])
 def shrink_kernel(
-    x, h, table, plan, rows, tokens, tokens_per_row, in_features, slot_stride, max_rank,
+    x, h, table, plan, segments, tokens, tokens_per_row, in_features, slot_stride, max_rank,
     column0, column1, column2, column3,
     WEIGHT: tl.constexpr, SIBLINGS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_POWER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, POWER: tl.constexpr,
     WORDS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (split, tile, tile of ranks): SPLIT_K columns of x times those of every sibling's A → partial sums."""
     split = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    slot, token, inside = tile_of(tl.program_id(1), plan, rows, tokens_per_row, BLOCK_M, ROWS_POWER, COLUMNS)
+    slot, token, inside = tile_of(tl.program_id(1), plan, segments, tokens_per_row, BLOCK_M, POWER, COLUMNS)
     if slot >= 0:
         r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
         k = tl.arange(0, BLOCK_K)
@@ -132,17 +132,17 @@ def share_of(sums, weights, share, WEIGHT: tl.constexpr, HALVES: tl.constexpr):
     return product(sums, weights, share, False)
 
 
-@triton.jit(do_not_specialize=["rows", *VARYING, *FIRSTS])
+@triton.jit(do_not_specialize=["segments", *VARYING, *FIRSTS])
 def expand_kernel(
-    y0, y1, y2, y3, h, table, plan, rows, tokens, tokens_per_row, slot_stride, max_rank,
+    y0, y1, y2, y3, h, table, plan, segments, tokens, tokens_per_row, slot_stride, max_rank,
     column0, column1, column2, column3, out0, out1, out2, out3, first1, first2, first3,
     WEIGHT: tl.constexpr, SIBLINGS: tl.constexpr, SPLITS: tl.constexpr, SINGLE: tl.constexpr,
     STEPS: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_POWER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, POWER: tl.constexpr,
     WORDS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (STEPS blocks of channels, tile of tokens): y ← c ⊙ (y + s · h B) + d."""
-    slot, token, inside = tile_of(tl.program_id(1), plan, rows, tokens_per_row, BLOCK_M, ROWS_POWER, COLUMNS)
+    slot, token, inside = tile_of(tl.program_id(1), plan, segments, tokens_per_row, BLOCK_M, POWER, COLUMNS)
     if slot < 0:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -192,17 +192,25 @@ def block_r(max_rank: int, siblings: int, weight: torch.dtype) -> int:
 
 
 def shrink(
-    x: Tensor, h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype, tile: Prefill
+    x: Tensor,
+    h: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    columns: Sequence[int],
+    weight: torch.dtype,
+    tile: Prefill,
+    segments: int = 0,
 ) -> None:
     """Launches shrink: arguments as in `sgmv.shrink`, the sums into h (siblings, tokens, splits, max_rank)."""
     siblings, tokens, parts, max_rank = h.shape
-    rows = plan.shape[0]
+    segments = segments or plan.shape[0]
     block = block_r(max_rank, siblings, weight)
     launch(
-        shrink_kernel, (parts, tokens // tile.block_m + rows, triton.cdiv(max_rank, block)),
-        x, h, table, plan, rows, tokens, tokens // rows, x.shape[-1], table.stride(0), max_rank, *padded(columns),
+        shrink_kernel, (parts, tokens // tile.block_m + segments, triton.cdiv(max_rank, block)),
+        x, h, table, plan, segments, tokens, tokens // plan.shape[0], x.shape[-1], table.stride(0), max_rank,
+        *padded(columns),
         WEIGHT=weight_type(weight), SIBLINGS=siblings, SPLITS=parts, SPLIT_K=tile.split_k,
-        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block, ROWS_POWER=triton.next_power_of_2(rows),
+        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block, POWER=triton.next_power_of_2(segments),
         WORDS=WORDS, COLUMNS=COLUMNS, EXACT=x.dtype == weight and takes_as_is(weight),
         device=x.device, num_warps=tile.shrink_warps, num_stages=tile.shrink_stages,
     )  # fmt: skip
@@ -216,10 +224,11 @@ def expand(
     columns: Sequence[int],
     weight: torch.dtype,
     tile: Prefill,
+    segments: int = 0,
 ) -> None:
     """Launches expand: arguments as in `sgmv.expand_`."""
     siblings, tokens, parts, max_rank = h.shape
-    rows = plan.shape[0]
+    segments = segments or plan.shape[0]
     outs = [y.shape[-1] for y in ys]
     width = tile.block_n * tile.expand_steps
     firsts = [sum(triton.cdiv(out, width) for out in outs[:i]) for i in range(siblings + 1)]
@@ -227,13 +236,13 @@ def expand(
     # One tile of all ranks stays in registers from block to block; more than one have to share them.
     block = triton.next_power_of_2(max_rank) if single else min(tile.expand_ranks, LOOPED)
     launch(
-        expand_kernel, (firsts[-1], tokens // tile.block_m + rows),
-        *padded(ys), h, table, plan, rows, tokens, tokens // rows, table.stride(0), max_rank,
+        expand_kernel, (firsts[-1], tokens // tile.block_m + segments),
+        *padded(ys), h, table, plan, segments, tokens, tokens // plan.shape[0], table.stride(0), max_rank,
         *padded(columns), *padded(outs), *padded(firsts[:-1])[1:],
         WEIGHT=weight_type(weight), SIBLINGS=siblings, SPLITS=parts, SINGLE=single,
         STEPS=tile.expand_steps, STAGES=tile.expand_stages,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block,
-        ROWS_POWER=triton.next_power_of_2(rows),
+        POWER=triton.next_power_of_2(segments),
         WORDS=WORDS, COLUMNS=COLUMNS, HALVES=weight == torch.bfloat16 and takes_as_is(weight),
         device=h.device, num_warps=tile.expand_warps,
     )  # fmt: skip

@@ -44,7 +44,13 @@ def _room(x: Tensor, siblings: int, max_rank: int, weight: torch.dtype) -> Tenso
 
 
 def shrink(
-    x: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], max_rank: int, weight: torch.dtype
+    x: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    columns: Sequence[int],
+    max_rank: int,
+    weight: torch.dtype,
+    segments: int = 0,
 ) -> Tensor:
     """The sums A x of every row that has an adapter.
 
@@ -55,21 +61,29 @@ def shrink(
         columns: the siblings' places among the table's modules, one to four.
         max_rank: no smaller than any rank in use; a multiple of 16.
         weight: the dtype of A and B.
+        segments: no fewer than the plan's segments; 0: as many as rows. Where rows are single tokens of few slots, it
+            spares programs that would find nothing to do.
 
     Returns:
         (siblings, tokens, splits, max_rank) fp32, to be summed over splits; undefined for rows without an adapter.
     """
     run = _shrink_operator if torch.compiler.is_compiling() else _shrink
-    return run(x, table, plan, columns, max_rank, weight)
+    return run(x, table, plan, columns, max_rank, weight, segments)
 
 
 def _shrink(
-    x: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], max_rank: int, weight: torch.dtype
+    x: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    columns: Sequence[int],
+    max_rank: int,
+    weight: torch.dtype,
+    segments: int = 0,
 ) -> Tensor:
     assert x.is_contiguous()
     h = _room(x, len(columns), max_rank, weight)
     kernels, tile = _path(x, x.shape[0], weight, max_rank)
-    kernels.shrink(x, h, table, plan, columns, weight, tile)
+    kernels.shrink(x, h, table, plan, columns, weight, tile, segments)
     return h
 
 
@@ -77,7 +91,7 @@ _shrink_operator = torch.library.custom_op(add_op_namespace_prefix("shrink"), _s
 
 
 @_shrink_operator.register_fake
-def _(x, table, plan, columns, max_rank, weight):
+def _(x, table, plan, columns, max_rank, weight, segments=0):
     return _room(x, len(columns), max_rank, weight)
 
 
@@ -114,7 +128,13 @@ def _(ids, table, plan, column, max_rank, weight):
 
 
 def expand_(
-    ys: Sequence[Tensor], h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype
+    ys: Sequence[Tensor],
+    h: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    columns: Sequence[int],
+    weight: torch.dtype,
+    segments: int = 0,
 ) -> None:
     """Applies y ← c ⊙ (y + s · B h) + d in place, for every row that has an adapter; others keep their bits.
 
@@ -125,28 +145,37 @@ def expand_(
         plan: as in `shrink`.
         columns: as in `shrink`.
         weight: as in `shrink`.
+        segments: as in `shrink`.
     """
     run = _expand_operator if torch.compiler.is_compiling() else _expand
-    run(ys, h, table, plan, columns, weight)
+    run(ys, h, table, plan, columns, weight, segments)
 
 
 def _expand(
-    ys: Sequence[Tensor], h: Tensor, table: Tensor, plan: Tensor, columns: Sequence[int], weight: torch.dtype
+    ys: Sequence[Tensor],
+    h: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    columns: Sequence[int],
+    weight: torch.dtype,
+    segments: int = 0,
 ) -> None:
     assert all(y.is_contiguous() for y in ys)
     kernels, tile = _path(ys[0], h.shape[1], weight, h.shape[-1])
-    kernels.expand(ys, h, table, plan, columns, weight, tile)
+    kernels.expand(ys, h, table, plan, columns, weight, tile, segments)
 
 
 _expand_operator = torch.library.custom_op(add_op_namespace_prefix("expand_"), _expand, mutates_args=("ys",))
 
 
 @_expand_operator.register_fake
-def _(ys, h, table, plan, columns, weight):
+def _(ys, h, table, plan, columns, weight, segments=0):
     assert 1 <= len(ys) == len(columns) <= MOST_SIBLINGS
 
 
-def replace_(y: Tensor, x: Tensor, table: Tensor, plan: Tensor, column: int, weight: torch.dtype) -> None:
+def replace_(
+    y: Tensor, x: Tensor, table: Tensor, plan: Tensor, column: int, weight: torch.dtype, segments: int = 0
+) -> None:
     """Writes s · w x + d to y, for every row whose adapter brings a whole weight; others keep their bits.
 
     At an embedding, w x is a row of w, and there is no d.
@@ -158,20 +187,25 @@ def replace_(y: Tensor, x: Tensor, table: Tensor, plan: Tensor, column: int, wei
         plan: as in `shrink`.
         column: the module's place in the table.
         weight: the dtype of w.
+        segments: as in `shrink`.
     """
     run = _replace_operator if torch.compiler.is_compiling() else _replace
-    run(y, x, table, plan, column, weight)
+    run(y, x, table, plan, column, weight, segments)
 
 
-def _replace(y: Tensor, x: Tensor, table: Tensor, plan: Tensor, column: int, weight: torch.dtype) -> None:
+def _replace(
+    y: Tensor, x: Tensor, table: Tensor, plan: Tensor, column: int, weight: torch.dtype, segments: int = 0
+) -> None:
     assert y.is_contiguous() and x.is_contiguous()
-    launch = whole.embedding if x.ndim == 1 else whole.linear
-    launch(x, y, table, plan, column, weight)
+    if x.ndim == 1:
+        whole.embedding(x, y, table, plan, column, weight)
+    else:
+        whole.linear(x, y, table, plan, column, weight, segments)
 
 
 _replace_operator = torch.library.custom_op(add_op_namespace_prefix("replace_"), _replace, mutates_args=("y",))
 
 
 @_replace_operator.register_fake
-def _(y, x, table, plan, column, weight):
+def _(y, x, table, plan, column, weight, segments=0):
     assert y.ndim == 2

@@ -25,20 +25,20 @@ from .plan import COLUMNS
 from .prefill import product, tile_of
 
 _FEW = 16
-"""Tokens of a tile where rows bring no more than these."""
+"""Tokens of a tile where segments have no more than these."""
 _MANY = 64
 _BLOCK_N = 64
 _BLOCK_T = 32
 
 
-@triton.jit(do_not_specialize=["rows", "tokens_per_row", "column"])
+@triton.jit(do_not_specialize=["segments", "tokens_per_row", "column"])
 def linear_kernel(
-    x, y, table, plan, rows, tokens_per_row, in_features, out, slot_stride, column,
+    x, y, table, plan, segments, tokens_per_row, in_features, out, slot_stride, column,
     WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS_POWER: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    POWER: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of channels, tile of tokens): y ← s · w x + d."""
-    slot, token, inside = tile_of(tl.program_id(1), plan, rows, tokens_per_row, BLOCK_M, ROWS_POWER, COLUMNS)
+    slot, token, inside = tile_of(tl.program_id(1), plan, segments, tokens_per_row, BLOCK_M, POWER, COLUMNS)
     entry = table + slot.to(tl.int64) * slot_stride + column * WORDS
     address = tl.load(entry + 6, mask=slot >= 0, other=0)
     if PDL:
@@ -95,17 +95,19 @@ def embedding_kernel(
     tl.store(place, (values * scale[:, None]).to(y.dtype.element_ty), mask=there)
 
 
-def linear(x: Tensor, y: Tensor, table: Tensor, plan: Tensor, column: int, weight: torch.dtype) -> None:
+def linear(
+    x: Tensor, y: Tensor, table: Tensor, plan: Tensor, column: int, weight: torch.dtype, segments: int = 0
+) -> None:
     """Launches the product: arguments as in `sgmv.replace_`."""
-    tokens, rows = x.shape[0], plan.shape[0]
-    per_row = tokens // rows
-    block = _FEW if per_row <= _FEW else _MANY
+    tokens = x.shape[0]
+    segments = segments or plan.shape[0]
+    block = _FEW if tokens // segments <= _FEW else _MANY
     exact = x.dtype == weight and takes_as_is(weight)
     launch(
-        linear_kernel, (triton.cdiv(y.shape[-1], _BLOCK_N), tokens // block + rows),
-        x, y, table, plan, rows, per_row, x.shape[-1], y.shape[-1], table.stride(0), column,
+        linear_kernel, (triton.cdiv(y.shape[-1], _BLOCK_N), tokens // block + segments),
+        x, y, table, plan, segments, tokens // plan.shape[0], x.shape[-1], y.shape[-1], table.stride(0), column,
         WEIGHT=weight_type(weight), BLOCK_M=block, BLOCK_N=_BLOCK_N, BLOCK_K=64 if exact else 32,
-        ROWS_POWER=triton.next_power_of_2(rows), WORDS=WORDS, COLUMNS=COLUMNS,
+        POWER=triton.next_power_of_2(segments), WORDS=WORDS, COLUMNS=COLUMNS,
         EXACT=exact,
         device=x.device, num_warps=4 if block == _FEW else 8, num_stages=3,
     )  # fmt: skip
