@@ -28,9 +28,13 @@ class Asked(NamedTuple):
     tokens: int
 
 
-@cache
 def family(name: str = "llama"):
     """A base, and PEFT models of it by the adapter's name, the same at every call."""
+    return _family(name)
+
+
+@cache
+def _family(name: str):
     architecture = {**ARCHITECTURES, **MIXTURES}[name]
     base = architecture.build()
     methods = ["lora", "rslora", "dora", "embeddings"] if name == "llama" else ["lora", "rslora"]

@@ -1,6 +1,7 @@
 """The engine's promises: what it gives, when it ends, and that it always does."""
 
 import asyncio
+import copy
 import dataclasses
 import threading
 import time
@@ -28,6 +29,8 @@ from lorakit.errors import (
     PoolFullError,
     RequestError,
 )
+from lorakit.runtime import ops
+from lorakit.runtime.routing import Routing
 
 PROMPT = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22)
 
@@ -75,6 +78,23 @@ def test_each_request_of_a_mix_gives_what_it_gives_alone(name):
         assert served(engine, asked) == expected
         at_rest(engine)
     assert [alone(model, one) for one in asked[:2]] == expected[:2]
+
+
+def test_with_kernels_too(monkeypatch):
+    """In Triton's interpreter where there is no GPU: an adapter a token, in prompts and in decoding."""
+    monkeypatch.setattr(ops, "has_kernels", lambda *_: True)
+    model = MultiLoraModel(copy.deepcopy(family()[0]))
+    for name, tenant in family()[1].items():
+        model.load_adapter(name, tenant)
+    asked = [Asked((11, 12, 13), name, 2) for name in ("lora", "dora", None)]
+    expected = [alone(model_of(), one) for one in asked]
+    routings = []
+    monkeypatch.setattr(
+        Routing, "write", lambda self, modules, write=Routing.write: (routings.append(self), write(self, modules))
+    )
+    with Engine(model, SMALL) as engine:
+        assert served(engine, asked) == expected
+    assert {routing.rows.exact for routing in routings} == {True}
 
 
 def test_requests_that_must_leave_the_batch_give_the_same(model):
