@@ -57,7 +57,7 @@ def test_draws_of_seeds_follow_the_distribution(temperature, top_k, top_p):
 
 def test_draws_are_uniform_and_differ_by_seed_and_place():
     draws = [draw(f"{seed}/0", place) for seed in range(200) for place in range(50)]
-    assert len(set(draws)) == len(draws) and 0 <= min(draws) and max(draws) < 1
+    assert len(set(draws)) == len(draws) and min(draws) >= 0 and max(draws) < 1
     assert kstest(draws, "uniform").pvalue > 1e-3
     # Neighbours are unrelated, along a sequence and from seed to seed.
     table = torch.tensor(draws, dtype=torch.float64).view(200, 50)
