@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from lorakit.engine.checks import number, shown, whole, yes_or_no
 from lorakit.engine.fairness import QUANTUM
 from lorakit.engine.tenants import TenantPolicy
 from lorakit.errors import ConfigError
+
+_WHOLE = {"max_waiting": 1, "quantum": 1, "readers": 1, "restarts": 0}
+"""Settings that are whole numbers, and their least values."""
+
+_WHOLE_OR_NONE = {"max_requests": 1, "max_batch_tokens": 1, "cache_memory": 1, "page_size": 4}
+
+_SECONDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "patience": (lambda value: value >= 0, "0 or more"),
+    # A thread is not waited for longer than that.
+    "stop_timeout": (lambda value: 0 < value <= threading.TIMEOUT_MAX, f"0 to {threading.TIMEOUT_MAX:.0f}, but not 0"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,15 +59,32 @@ class EngineConfig:
     stop_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("max_requests", "max_batch_tokens", "cache_memory", "page_size"):
-            self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or None")
-        for name in ("max_waiting", "quantum", "readers"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("patience", "restarts"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        self._check("stop_timeout", self.stop_timeout > 0, "more than 0 seconds")
-        self._check("page_size", self.page_size is None or self.page_size >= 4, "at least 4")
+        for name, least in _WHOLE.items():
+            self._set(name, whole(ConfigError, _named(name), getattr(self, name), least))
+        for name, least in _WHOLE_OR_NONE.items():
+            if getattr(self, name) is not None:
+                self._set(name, whole(ConfigError, f"{_named(name)} (None: chosen)", getattr(self, name), least))
+        for name, (fits, limits) in _SECONDS.items():
+            self._set(name, number(ConfigError, _named(name), getattr(self, name), fits, limits))
+        self._set("prefix_cache", yes_or_no(ConfigError, _named("prefix_cache"), self.prefix_cache))
+        self._set("tenants", self._policies())
+        if not isinstance(self.default_tenant, TenantPolicy):
+            raise ConfigError(f"{_named('default_tenant')} is {shown(self.default_tenant)}; give a TenantPolicy.")
 
-    def _check(self, name: str, right: bool, limits: str) -> None:
-        if not right:
-            raise ConfigError(f"the engine's {name} is {getattr(self, name)!r}; give {limits}.")
+    def _policies(self) -> dict[str, TenantPolicy]:
+        """A copy: the engine may run for long, and what was given may change."""
+        if not isinstance(self.tenants, Mapping):
+            raise ConfigError(f"{_named('tenants')} is {shown(self.tenants)}; give a TenantPolicy by each name.")
+        for name, policy in self.tenants.items():
+            if not isinstance(name, str) or not isinstance(policy, TenantPolicy):
+                raise ConfigError(
+                    f"{_named('tenants')} has {shown(policy)} for {shown(name)}; give a TenantPolicy by each name."
+                )
+        return dict(self.tenants)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _named(name: str) -> str:
+    return f"the engine's {name}"

@@ -7,15 +7,15 @@ error. Knows tokens; no model and no batch.
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lorakit.engine.request import Request
-from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
     from lorakit.engine.job import Job
@@ -74,7 +74,8 @@ class RequestHandle:
         async for token in handle: ...
         handle.result()                       waits for the end; `await handle` does too
 
-    Any number of readers may iterate, each from the first token on.
+    Any number of readers may iterate, each from the first token on. A reader that stops, or whose task is cancelled,
+    leaves the request running: `cancel` ends it.
 
     Attributes:
         id: names it in logs.
@@ -104,11 +105,15 @@ class RequestHandle:
         self.jobs: list[Job] = []
         self._cancel = cancel
         self._when_ended = ended
-        self._changed = threading.Condition()
+        # One lock: who waits for the end need not wake for every token.
+        self._lock = threading.RLock()
+        self._news = threading.Condition(self._lock)
+        self._end_came = threading.Condition(self._lock)
         self._tokens: list[Token] = []
+        self._of: list[list[Token]] = [[] for _ in range(request.n)]
         self._ended: dict[int, _Ended] = {}
-        self._first: dict[int, float] = {}
-        self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._first: list[float | None] = [None] * request.n
+        self._listeners: list[_Listener] = []
 
     @property
     def done(self) -> bool:
@@ -117,8 +122,8 @@ class RequestHandle:
 
     def tokens(self, sequence: int = 0) -> list[Token]:
         """What a sequence has so far."""
-        with self._changed:
-            return [token for token in self._tokens if token.sequence == sequence]
+        with self._lock:
+            return list(self._of[sequence])
 
     def cancel(self) -> None:
         """Ends it where it stands, at once for its readers; nothing happens if it has ended."""
@@ -133,9 +138,9 @@ class RequestHandle:
         """
         seen = 0
         while True:
-            with self._changed:
+            with self._lock:
                 while len(self._tokens) == seen and not self.done:
-                    self._changed.wait()
+                    self._news.wait()
                 new = self._tokens[seen:]
             if not new:
                 self._raise_error()
@@ -152,8 +157,8 @@ class RequestHandle:
         Returns:
             Whether they have ended.
         """
-        with self._changed:
-            return self._changed.wait_for(lambda: self.done, timeout)
+        with self._lock:
+            return self._end_came.wait_for(lambda: self.done, timeout)
 
     def results(self, timeout: float | None = None) -> list[Completion]:
         """Waits for the end of all sequences.
@@ -178,45 +183,55 @@ class RequestHandle:
         return self._completion().__await__()
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        """The tokens as they come, in asyncio."""
+        """The tokens as they come, in asyncio.
+
+        Raises:
+            LorakitError: it failed; after the tokens that there are.
+        """
         seen = 0
-        with _Listening(self) as news:
+        with self._listening(_Listener()) as listener:
             while True:
-                news.clear()
-                with self._changed:
+                with self._lock:
+                    listener.look()
                     new, done = self._tokens[seen:], self.done
-                if not new:
-                    if done:
-                        self._raise_error()
-                        return
-                    await news.wait()
-                    continue
                 seen += len(new)
                 for token in new:
                     yield token
+                if not new:
+                    if done:
+                        break
+                    await listener.news.wait()
+        self._raise_error()
 
     async def _completion(self) -> Completion:
-        async for _ in self:
-            pass
+        with self._listening(_Listener(until_the_end=True)) as listener:
+            while not self.done:
+                await listener.news.wait()
         return self._results()[0]
 
     def add(self, sequence: int, token: int, logprob: float | None) -> None:
         """The engine has a token."""
-        with self._changed:
+        with self._lock:
             if sequence in self._ended:
                 return
-            self._first.setdefault(sequence, time.monotonic())
-            self._tokens.append(Token(token, logprob, sequence))
-            self._tell()
+            if self._first[sequence] is None:
+                self._first[sequence] = time.monotonic()
+            new = Token(token, logprob, sequence)
+            self._tokens.append(new)
+            self._of[sequence].append(new)
+            self._news.notify_all()
+            for listener in self._listeners:
+                if not listener.told:
+                    listener.tell()
 
     def finish(self, sequence: int, reason: FinishReason, stop: int | str | None = None, cached: int = 0) -> None:
         """A sequence has ended as it should."""
-        with self._changed:
+        with self._lock:
             if sequence in self._ended:
                 return
-            tokens = [token for token in self._tokens if token.sequence == sequence]
+            tokens = self._of[sequence]
             logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
-            first = self._first.get(sequence)
+            first = self._first[sequence]
             completion = Completion(
                 token_ids=tuple(token.id for token in tokens),
                 logprobs=logprobs if self.request.logprobs else None,
@@ -230,21 +245,32 @@ class RequestHandle:
 
     def fail(self, error: BaseException) -> None:
         """All that has not ended yet ends by an error."""
-        with self._changed:
+        with self._lock:
             self._end({sequence: _Ended(None, error) for sequence in range(self.request.n)})
 
     def _end(self, ended: dict[int, _Ended]) -> None:
+        if self.done:
+            return
+        self._ended = {**ended, **self._ended}
         if not self.done:
-            self._ended = {**ended, **self._ended}
-            if self.done:
-                self._when_ended(self)
-            self._tell()
+            return  # other sequences go on, and readers have all the tokens of this one
+        # Before anyone is told: a reader then finds the engine without this request.
+        self._when_ended(self)
+        self._news.notify_all()
+        self._end_came.notify_all()
+        for listener in self._listeners:
+            listener.tell()
 
-    def _tell(self) -> None:
-        self._changed.notify_all()
-        for loop, news in self._listeners:
-            with suppress(RuntimeError):  # the loop was closed, and nobody listens any more
-                loop.call_soon_threadsafe(news.set)
+    @contextmanager
+    def _listening(self, listener: _Listener) -> Iterator[_Listener]:
+        """Has a listener told of what comes."""
+        with self._lock:
+            self._listeners.append(listener)
+        try:
+            yield listener
+        finally:
+            with self._lock:
+                self._listeners.remove(listener)
 
     def _raise_error(self) -> None:
         for ended in self._ended.values():
@@ -256,28 +282,50 @@ class RequestHandle:
         return [ended.completion for _, ended in sorted(self._ended.items()) if ended.completion is not None]
 
 
-class _Listening:
-    """Has an event loop told of what comes, for as long as it runs."""
+class _Listener:
+    """A task of an event loop that waits. It is used with the handle's lock held, but for waiting.
 
-    def __init__(self, handle: RequestHandle) -> None:
-        self._handle = handle
-        self._listener = asyncio.get_running_loop(), asyncio.Event()
+    To tell a loop from another thread costs a system call; so one that was told, and has not looked since, is not told
+    again.
 
-    def __enter__(self) -> asyncio.Event:
-        with self._handle._changed:
-            self._handle._listeners.append(self._listener)
-        return self._listener[1]
+    Attributes:
+        news: set in its loop when there is something to look at.
+        told: whether it need not be told of another token.
+    """
 
-    def __exit__(self, *error: object) -> None:
-        with self._handle._changed:
-            self._handle._listeners.remove(self._listener)
+    def __init__(self, *, until_the_end: bool = False) -> None:
+        """Belongs to the loop that runs.
+
+        Args:
+            until_the_end: of tokens it need not know.
+        """
+        self.news = asyncio.Event()
+        self.told = until_the_end
+        self._loop = asyncio.get_running_loop()
+
+    def look(self) -> None:
+        """It looks now."""
+        self.told = False
+        self.news.clear()
+
+    def tell(self) -> None:
+        """There is something."""
+        self.told = True
+        with suppress(RuntimeError):  # the loop was closed, and nobody listens any more
+            self._loop.call_soon_threadsafe(self.news.set)
 
 
 def _again(error: BaseException) -> BaseException:
-    """An error that several readers raise: each a copy, so that their tracebacks do not grow into each other."""
-    if isinstance(error, LorakitError):
-        copy = type(error)(*error.args)
-        copy.__dict__.update(error.__dict__)
-        copy.__cause__ = error.__cause__
-        return copy
-    return error
+    """An error that several readers raise: each a copy that says the same, so that their tracebacks stay apart."""
+    again = error
+    try:
+        again = copy.copy(error)
+        is_same = type(again) is type(error) and again.args == error.args and str(again) == str(error)
+    # Another library's error may not be made from its `args`.
+    except Exception:  # noqa: BLE001
+        is_same = False
+    if not is_same:
+        return error
+    again.__cause__, again.__context__ = error.__cause__, error.__context__
+    again.__suppress_context__ = error.__suppress_context__
+    return again.with_traceback(error.__traceback__)

@@ -11,6 +11,7 @@ import struct
 from lorakit.engine import sampling
 from lorakit.engine.handle import FinishReason, RequestHandle
 from lorakit.engine.stopping import Decode, StopStrings
+from lorakit.errors import EngineError
 from lorakit.runtime.model import Adapter
 from lorakit.runtime.pool import Slot
 from lorakit.runtime.prompts import last_occurrence
@@ -56,7 +57,9 @@ class Job:
         self.generated: list[int] = []
         self.cached = 0
         self.over = False
-        self._stopping = StopStrings(self.request.stop_strings, decode) if decode is not None else None
+        strings = self.request.stop_strings
+        assert decode is not None or not strings
+        self._stopping = StopStrings(strings, decode) if decode is not None and strings else None
         self._seed = f"{self.request.seed}/{sequence}"
 
     @property
@@ -106,14 +109,22 @@ class Job:
         return sampling.Settings(request.temperature, request.top_k, request.top_p, sampling.draw(self._seed, place))
 
     def take(self, token: int, logprob: float | None) -> bool:
-        """Takes a generated token, and tells whether the sequence ends with it."""
+        """Takes a generated token, and tells whether the sequence ends with it, or has ended already."""
+        # Its request may have failed with another sequence.
+        self.over = self.over or self.handle.done
         if self.over:
             return True
         self.generated.append(token)
         self.handle.add(self.sequence, token, logprob if self.request.logprobs else None)
         if token in self.request.stop_token_ids:
             self._finish("stop", token)
-        elif self._stopping is not None and (text := self._stopping.found(self.generated)) is not None:
+            return True
+        try:
+            text = self._stopping.found(self.generated) if self._stopping is not None else None
+        except EngineError as error:
+            self.fail(error)
+            return True
+        if text is not None:
             self._finish("stop", text)
         elif len(self.generated) >= self.request.max_new_tokens:
             self._finish("length", None)
@@ -124,7 +135,7 @@ class Job:
         self._finish("cancelled", None)
 
     def fail(self, error: BaseException) -> None:
-        """Ends by an error, and its request with it."""
+        """Ends by an error, and its request with it: what else it draws ends with the next token."""
         self.over = True
         self.handle.fail(error)
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
+from lorakit.engine.checks import number, shown, whole, yes_or_no
 from lorakit.errors import RequestError
 
 _MOST_SEQUENCES = 128
-_SEEDS = 1 << 64
+_MOST_SEED = (1 << 64) - 1
+_MOST_TOP_K = (1 << 31) - 1
+_MOST_STOPS = 64
+_LONGEST_STOP = 512
+"""Bytes of a stop string: for each token that many tokens are decoded."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Request:
         adapter: an adapter's name, or None for the base.
         max_new_tokens: the most tokens that are generated.
         temperature: divides the logits; 0 is greedy.
-        top_k: sample among the k most likely tokens; 0: all.
+        top_k: sample among the k most likely tokens, and those as likely as the last of them; 0: all.
         top_p: sample among the fewest most likely tokens whose probabilities sum to so much.
         seed: the same request with the same seed draws the same tokens, whatever else is in the batch.
         stop_token_ids: tokens that end it; the base's end-of-sequence tokens are among them, unless ignored.
@@ -51,16 +52,27 @@ class Request:
     tenant: str
 
     def __post_init__(self) -> None:
-        _whole("max_new_tokens", self.max_new_tokens, 1)
-        _whole("top_k", self.top_k, 0)
-        _whole("n", self.n, 1, _MOST_SEQUENCES)
-        _whole("seed", self.seed, 0, _SEEDS - 1)
-        _number("temperature", self.temperature, lambda value: value >= 0, "0 (greedy) or more")
-        _number("top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1")
+        plain: dict[str, object] = {
+            "max_new_tokens": whole(RequestError, "max_new_tokens", self.max_new_tokens, 1),
+            "temperature": number(
+                RequestError, "temperature", self.temperature, lambda value: value >= 0, "0 (greedy) or more"
+            ),
+            "top_k": whole(RequestError, "top_k", self.top_k, 0, _MOST_TOP_K),
+            "top_p": number(
+                RequestError, "top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"
+            ),
+            "seed": whole(RequestError, "seed", self.seed, 0, _MOST_SEED),
+            "logprobs": yes_or_no(RequestError, "logprobs", self.logprobs),
+            "n": whole(RequestError, "n", self.n, 1, _MOST_SEQUENCES),
+        }
         if self.deadline is not None:
-            _number("deadline", self.deadline, lambda value: value > 0, "seconds, more than 0")
+            plain["deadline"] = number(
+                RequestError, "deadline", self.deadline, lambda value: value > 0, "seconds, more than 0"
+            )
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         if not isinstance(self.tenant, str):
-            raise RequestError(f"tenant is {self.tenant!r}; give a string.")
+            raise RequestError(f"tenant is {shown(self.tenant)}; give a string.")
         if self.n > 1 and not self.temperature:
             raise RequestError(f"n={self.n} sequences of temperature 0 would all be the same; raise the temperature.")
 
@@ -69,60 +81,95 @@ def token_ids(prompt: object, vocabulary: int) -> tuple[int, ...]:
     """A prompt's ids, checked.
 
     Args:
-        prompt: ids in a sequence or a tensor of one row.
+        prompt: a sequence or an iterator of ids, or a tensor or an array of one row.
         vocabulary: ids must be below it.
 
     Raises:
         RequestError: there are none, or something among them is no id.
     """
-    if isinstance(prompt, torch.Tensor):
-        prompt = prompt.squeeze(0).tolist() if prompt.dim() == 2 and len(prompt) == 1 else prompt.tolist()
-    if isinstance(prompt, str | bytes) or (not isinstance(prompt, Sequence) and not hasattr(prompt, "__iter__")):
-        raise RequestError(f"the prompt is a {type(prompt).__name__}; give its token ids, as a tokenizer makes them.")
-    ids = list(prompt)
-    if not ids:
+    found = _ids("the prompt", prompt, vocabulary)
+    if not found:
         raise RequestError("the prompt is empty; give at least one token (the tokenizer's bos_token_id).")
-    for place, token in enumerate(ids):
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise RequestError(f"the prompt holds {token!r} at {place}; a prompt is a sequence of token ids.")
-        token = operator.index(token)
-        if not 0 <= token < vocabulary:
-            raise RequestError(f"the prompt holds the token {token} at {place}, but ids are 0 to {vocabulary - 1}.")
-    return tuple(map(operator.index, ids))
+    return found
 
 
 def stop_tokens(stop: object, vocabulary: int) -> frozenset[int]:
     """Tokens that end a request, checked.
+
+    Args:
+        stop: one id, any number of them, or None.
+        vocabulary: ids must be below it.
 
     Raises:
         RequestError: something among them is no id.
     """
     if stop is None:
         return frozenset()
-    ids = [stop] if isinstance(stop, int) else stop
-    return frozenset(token_ids(ids, vocabulary)) if ids else frozenset()
+    if isinstance(stop, Set):
+        stop = list(stop)
+    # One id, numpy's or a tensor of no dimension among them.
+    return frozenset(_ids("stop_token_ids", [stop] if _is_one(stop) else stop, vocabulary))
 
 
 def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """Texts that end a request, checked.
 
     Raises:
-        RequestError: something among them is no text, or empty.
+        RequestError: something among them is no text, is empty or too long, or there are too many.
     """
-    found = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if stop is None:
+        return ()
+    if isinstance(stop, bytes | bytearray | Mapping) or not isinstance(stop, Iterable):
+        raise RequestError(f"stop is {shown(stop)}; give a text, or a list of texts.")
+    found = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(found) > _MOST_STOPS:
+        raise RequestError(f"stop holds {len(found)} texts; give at most {_MOST_STOPS}.")
     for text in found:
         if not isinstance(text, str) or not text:
-            raise RequestError(f"stop holds {text!r}; give texts of at least one character.")
+            raise RequestError(f"stop holds {shown(text)}; give texts of at least one character.")
+        size = len(text.encode(errors="surrogatepass"))
+        if size > _LONGEST_STOP:
+            raise RequestError(f"stop holds {shown(text)} of {size} bytes; give texts of at most {_LONGEST_STOP}.")
     return found
 
 
-def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        limits = f"{least} or more" if most is None else f"{least} to {most}"
-        raise RequestError(f"{name} is {value!r}; give a whole number, {limits}.")
+def _ids(what: str, given: object, vocabulary: int) -> tuple[int, ...]:
+    """Ids, checked: prompts are long, so nothing is done for each of them in Python but where something is wrong."""
+    if isinstance(given, Mapping) and "input_ids" in given:
+        raise RequestError(f"{what} is a {type(given).__name__}; give its input_ids.")
+    if isinstance(given, str | bytes | bytearray | Mapping | Set) or not isinstance(given, Iterable):
+        raise RequestError(f"{what} is a {type(given).__name__}; give token ids, as a tokenizer makes them.")
+    if hasattr(given, "shape") and hasattr(given, "tolist"):  # a tensor or an array
+        shape = tuple(given.shape)
+        if len(shape) != 1 and (len(shape) != 2 or shape[0] != 1):
+            raise RequestError(f"{what} has the shape {shape}; give the token ids of one row.")
+        given = (given if len(shape) == 1 else given[0]).tolist()  # type: ignore[index]
+        assert isinstance(given, list)
+    ids = list(given)
+    if set(map(type, ids)) - {int}:
+        ids = [_id(what, place, value) for place, value in enumerate(ids)]
+    if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
+        place, token = next((at, token) for at, token in enumerate(ids) if not 0 <= token < vocabulary)
+        raise RequestError(
+            f"{what} holds the token {shown(token)} at {place}, but ids are 0 to {vocabulary - 1}; was it made by "
+            "another model's tokenizer?"
+        )
+    return tuple(ids)
 
 
-def _number(name: str, value: Any, allowed: Any, limits: str) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not allowed(value):
-        raise RequestError(f"{name} is {value!r}; give a number, {limits}.")
+def _id(what: str, place: int, value: object) -> int:
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise RequestError(f"{what} holds {shown(value)} at {place}; token ids are whole numbers.")
+
+
+def _is_one(value: object) -> bool:
+    """Whether it is an id by itself."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True

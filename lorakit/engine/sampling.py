@@ -4,12 +4,15 @@ A row's draw is one number, uniform in [0, 1): the token is where the cumulative
 transform sampling). So a draw depends on its request's seed and its place in the sequence alone, and not on what else
 is in the batch; and all of it has static shapes, so that a CUDA graph can keep it.
 
+The tokens that may be drawn are those of transformers' TemperatureLogitsWarper, TopKLogitsWarper and TopPLogitsWarper
+in this order. Where tokens are equally likely and top-p needs but some of them, those with the smaller ids stay.
+
 Knows tensors; no request and no model.
 """
 
 from __future__ import annotations
 
-import random
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -23,9 +26,9 @@ class Settings(NamedTuple):
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_k: among the k most likely tokens; 0: all.
-        top_p: among the fewest most likely tokens whose probabilities sum to so much.
-        draw: uniform in [0, 1).
+        top_k: among the k most likely tokens, and those as likely as the last of them; 0: all. Below 2^31.
+        top_p: among the fewest most likely tokens whose probabilities sum to so much; 1: all.
+        draw: uniform in [0, 1), counted from the least likely token: there float32 is as fine as probabilities are.
     """
 
     temperature: float
@@ -39,26 +42,30 @@ GREEDY = Settings(0.0, 0, 1.0, 0.0)
 
 def draw(seed: str, place: int) -> float:
     """A sequence's number for the token at a place, uniform in [0, 1): the same in every process."""
-    return random.Random(f"{seed}/{place}").random()
+    digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53  # as many bits as a float has
 
 
 def rows_of(settings: list[Settings]) -> torch.Tensor:
     """The settings of rows as (`ROWS`, n) int32."""
     columns = list(zip(*settings, strict=True)) or [()] * ROWS
     dtypes = (torch.float32, torch.int32, torch.float32, torch.float32)
-    # Rounded to float32, the largest draws would be 1.
     tensors = [torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True)]
-    tensors[3].clamp_(max=1 - torch.finfo(torch.float32).eps)
+    # -inf by inf would be NaN.
+    tensors[0].clamp_(max=torch.finfo(torch.float32).max)
     return torch.stack([tensor.view(torch.int32) for tensor in tensors])
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each row: (n, V) → (n,) int64."""
+    """The most likely token of each row, the first of several: (n, V) → (n,) int64."""
     return logits.argmax(dim=-1)
 
 
 def sample(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """A token for each row.
+
+    A row whose logits hold NaN or +inf, or nothing but -inf, gets some token of the vocabulary: what a broken adapter
+    computes must not disturb other rows.
 
     Args:
         logits: (n, V) fp32.
@@ -70,20 +77,21 @@ def sample(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     temperature, top_p, draws = (rows[i].view(torch.float32).unsqueeze(1) for i in (0, 2, 3))
     top_k = rows[1].unsqueeze(1)
     is_greedy = temperature == 0
-    ordered, order = logits.div(temperature.masked_fill(is_greedy, 1)).sort(dim=-1, descending=True, stable=True)
-    place = torch.arange(logits.shape[-1], device=logits.device)
-    ordered = ordered.masked_fill((top_k > 0) & (place >= top_k), float("-inf"))
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    # The most likely token always stays: nothing comes before it.
-    probabilities = probabilities.masked_fill((before >= top_p) & (place > 0), 0)
-    sums = probabilities.cumsum(dim=-1)
-    target = draws * sums[:, -1:]
-    # The first whose sum passes the target; by rounding none may, and the last that can be drawn stands in.
-    chosen = (sums <= target).sum(dim=-1, keepdim=True)
-    chosen = torch.minimum(chosen, (probabilities > 0).sum(dim=-1, keepdim=True) - 1)
-    chosen = chosen.masked_fill(is_greedy, 0)
-    return order.gather(-1, chosen).squeeze(-1)
+    # In this order, as what is left is always a beginning of it. The first is what argmax gives.
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    last = ordered.gather(-1, (top_k.long() - 1).clamp(0, logits.shape[-1] - 1))
+    is_left = (top_k == 0) | (ordered >= last)
+    # Divided after the largest was subtracted, no temperature makes infinities of finite logits but -inf.
+    scaled = (ordered - ordered[:, :1]) / temperature.masked_fill(is_greedy, 1)
+    probabilities = scaled.masked_fill(~is_left, float("-inf")).softmax(dim=-1)
+    # In fp32, sums over a large vocabulary would leave the least likely tokens no place of their own.
+    sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    # The token with which the sum reaches top_p stays.
+    is_left = (probabilities > 0) & ((sums - probabilities < top_p) | (top_p == 1))
+    end = is_left.sum(dim=-1, keepdim=True).sub_(1).clamp_(min=0)
+    target = sums.gather(-1, end) * (1 - draws.double())
+    chosen = torch.minimum((sums <= target).sum(dim=-1, keepdim=True), end)
+    return order.gather(-1, chosen.masked_fill(is_greedy, 0)).squeeze(-1)
 
 
 def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lorakit.engine.checks import shown
+from lorakit.errors import EngineError
+
 Decode = Callable[[Sequence[int]], str]
 """Token ids → their text, special tokens left out."""
 
 _SPARE = 8
-"""Tokens looked at beside one a byte of the longest stop string: a character's bytes may lie in several tokens."""
+"""Tokens looked at beside one a byte of the longest stop string: some have no text, and a character's bytes may lie in
+several."""
 
 
 class StopStrings:
@@ -28,15 +32,29 @@ class StopStrings:
         self._strings = tuple(strings)
         self._decode = decode
         # A token has at least a byte of text, or none at all (a special one).
-        self._window = max((len(text.encode()) for text in strings), default=0) + _SPARE
+        longest = max((len(text.encode(errors="surrogatepass")) for text in strings), default=0)
+        self._window = longest + _SPARE
 
     def found(self, tokens: Sequence[int]) -> str | None:
-        """The stop string that the newest tokens complete.
+        """The stop string that the newest tokens complete; of several the one that begins first.
 
         Args:
             tokens: all that was generated.
+
+        Raises:
+            EngineError: `decode` failed; its error is the cause.
         """
         if not self._strings:
             return None
-        text = self._decode(tokens[-self._window :])
-        return next((stop for stop in self._strings if stop in text), None)
+        window = tokens[-self._window :]
+        # Whatever a caller's function does, it must not end the loop for others.
+        try:
+            text = self._decode(window)
+            if not isinstance(text, str):  # batch_decode's list
+                raise TypeError(f"it gave {shown(text)}")
+        except Exception as error:
+            raise EngineError(
+                f"the engine's decode makes no text of the tokens {shown(list(window))}: {type(error).__name__}: "
+                f"{error}. Give it one that takes every token of the model's, or no stop strings."
+            ) from error
+        return min((stop for stop in self._strings if stop in text), key=text.index, default=None)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lorakit.engine.checks import number, whole
 from lorakit.errors import ConfigError
 
 
@@ -25,12 +26,13 @@ class TenantPolicy:
     max_waiting: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"a tenant's weight is {self.weight!r}; give a number above 0.")
+        weight = number(ConfigError, "a tenant's weight", self.weight, lambda value: value > 0, "above 0")
+        object.__setattr__(self, "weight", weight)
         for name in ("max_running", "max_waiting"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"a tenant's {name} is {value!r}; give at least 1, or None for no limit.")
+            if value is not None:
+                plain = whole(ConfigError, f"a tenant's {name} (None: no limit)", value, 1)
+                object.__setattr__(self, name, plain)
 
 
 class Tenants:
