@@ -128,8 +128,11 @@ class Admission:
             self._tenants.count(job.request.tenant, waiting=-1)
 
     def let_go(self, live: Callable[[str], bool]) -> None:
-        """Lets go of what is held for jobs that were chosen and have ended, or are not alive any more."""
-        gone = [job for key, job in self._taken.items() if job.over or not live(key)]
+        """Lets go of what is held for jobs that were chosen and neither wait nor run any more.
+
+        A job that is over may still be in the batch: its slot is held until it has left.
+        """
+        gone = [job for key, job in self._taken.items() if not live(key)]
         for job in gone:
             del self._taken[job.id]
             self._chosen.pop(job.id, None)

@@ -203,7 +203,7 @@ class Engine:
             adapter_id: an adapter's name, or None for the base.
             max_new_tokens: the most tokens that are generated. None: 256, or fewer where no more fit.
             temperature: divides the logits; 0 takes the most likely token.
-            top_k: sample among the k most likely tokens; 0: all.
+            top_k: sample among the k most likely tokens, and those that are as likely as the last of them; 0: all.
             top_p: sample among the fewest most likely tokens whose probabilities sum to so much.
             seed: makes sampling repeatable, whatever else is in the batch. None: a random one.
             stop: texts that end it, see `Engine`'s `decode`; the text generated then holds one.

@@ -43,9 +43,7 @@ SIGNATURES = {
     cache_module.PagedAttentionCache.mark_complete_blocks: "state complete_blocks",
     cache_allocator.CacheAllocator.match_prefix_blocks: "prompt_ids",
     cache_allocator.CacheAllocator.mark_complete_blocks: "request_id token_ids new_new_blocks",
-    model_runner.ModelRunner.__init__: (
-        "logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs"
-    ),
+    model_runner.ModelRunner.__init__: ("logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs"),
     model_runner.ModelRunner.compute_batch: "model batch_data",
     model_runner.ModelRunner._forward_process_and_sample: (
         "model batch_data carry_over_ids prev_output_ids output_ids"
@@ -142,9 +140,7 @@ def test_positions_are_advanced_before_rows_are_written_and_chunks_keep_their_or
 
     class Spy(batching.Rows):
         def prepare_tensor_args(self, requests_in_batch, arg_storage):
-            seen.append(
-                [(one.state.position_offset, one.query_length, one.has_new_token) for one in requests_in_batch]
-            )
+            seen.append([(one.state.position_offset, one.query_length, one.has_new_token) for one in requests_in_batch])
 
     made.logit_processor = Spy()
     manager.input_queue.put(state(range(1, 11), max_new_tokens=2))
