@@ -32,6 +32,9 @@ SAFETENSORS_CODES = {
 }
 """All dtypes that a safetensors file can hold and torch can read back."""
 
+SAFETENSORS_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
+"""safetensors' code → dtype."""
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The name in bank.json, such as "bfloat16"."""
