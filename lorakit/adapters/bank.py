@@ -26,7 +26,7 @@ from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.index import Index
 from lorakit.adapters.layout import Extent
 from lorakit.adapters.names import check_name, not_found
-from lorakit.adapters.packing import blocks
+from lorakit.adapters.packing import blocks, cut
 from lorakit.adapters.shard import Progress, ShardFacts, ShardSeries
 from lorakit.adapters.sharing import Sharing
 from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedError, BankError
@@ -361,7 +361,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
                 longest = max(map(len, known[count:]), default=len(name) if known else len(name) + 8)
                 # Of an iterable of unknown length a hundred more are expected: what that wastes is small.
                 more = len(known) - count if known else 100
-                series.add(entry, blocks(entry, made), more, longest)
+                series.add(entry, blocks(entry, made, series.buffer), more, longest)
             added, shards = series.finish()
             adapters = {**index.adapters, **{entry.name: entry for entry in added}}
             self._folder.replace_index(index.changed(adapters, shards))
@@ -522,7 +522,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             with ShardSeries(self.path, index.next_shard, progress=progress) as series:
                 for count, entry in enumerate(moved, start=1):
                     buffer = self._read(entry, entry.stored_nbytes)
-                    series.add(entry, [buffer.numpy().data], len(moved) - count, longest)
+                    series.add(entry, cut(buffer), len(moved) - count, longest)
                 new, shards = series.finish()
                 for entry in new:
                     old = index.adapters[entry.name]

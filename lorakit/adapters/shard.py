@@ -16,10 +16,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from blake3 import blake3
 
 from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.files import NewFile
+from lorakit.adapters.pipeline import Pipeline
 from lorakit.errors import BankCorruptedError, BankError
 
 Progress = Callable[[str, int], None]
@@ -43,7 +44,6 @@ HEADER_LIMIT = 100_000_000
 _ALIGNMENT = 64  # Where adapters begin in a shard: a cache line, and more than any kernel asks for.
 _NAME = re.compile(r"bank-([0-9]{4,9})\.safetensors")
 _SLACK = 256 << 10  # Bytes of header left for adapters that have more modules than the first of a batch.
-_HELD_BYTES = 1 << 30  # Adapters under way hold about this much memory at most.
 _SYNC_BYTES = 256 << 20  # So many bytes are written before the disk is told to take them, while more are.
 _METADATA = '{"__metadata__":{"format":"pt"}'
 
@@ -123,25 +123,18 @@ class _Shard:
         self.payload += entry.stored_nbytes
         return replace(entry, shard=self.path.name, offset=self.data_start + start)
 
-    def write(self, entry: AdapterEntry, blocks: Iterable[memoryview]) -> AdapterEntry:
-        """Writes an adapter at its place, and hashes it. Other threads may write others meanwhile."""
-        digest = blake3()
-        place = entry.offset
-        for block in blocks:
-            digest.update(block)
-            self._file.write(block, place)
-            place += block.nbytes
-        assert place == entry.offset + entry.stored_nbytes, "every byte of the range is written, gaps too"
-        return replace(entry, blake3=digest.hexdigest())
+    def write(self, data: memoryview, offset: int) -> None:
+        """Writes at a byte offset of the file."""
+        self._file.write(data, offset)
 
     def sync(self) -> None:
         """Puts on the disk what was written so far."""
         self._file.sync()
 
-    def commit(self, begun: Sequence[Future[Any]]) -> ShardFacts:
-        """Waits for what was begun, writes the header and gives the file its name; raises what that raised."""
-        for future in begun:
-            future.result()
+    def commit(self, syncs: Sequence[Future[None]]) -> ShardFacts:
+        """Writes the header and gives the file its name; raises what syncs before raised."""
+        for sync in syncs:
+            sync.result()
         area = self.data_start - 8
         header = ("".join(self._header) + "}").encode("ascii").ljust(area)
         assert len(header) == area
@@ -157,10 +150,9 @@ class _Shard:
 class ShardSeries:
     """Writes adapters one after another into as many new shards as they need.
 
-    A context. Adapters are packed, checked, hashed and written in threads (numpy, blake3 and the system release the
-    GIL), and put on the disk meanwhile, so a few adapters are under way at a time. What it leaves behind after an error
-    is no part of the bank, as no index names it; sweeping it away is the bank's part, which alone knows whether the
-    index was replaced by then.
+    A context. What is added is hashed and written in threads, and put on the disk meanwhile (`pipeline`). What it leaves
+    behind after an error is no part of the bank, as no index names it; sweeping it away is the bank's part, which alone
+    knows whether the index was replaced by then.
 
     Args:
         folder: the bank's.
@@ -178,12 +170,10 @@ class ShardSeries:
         self._progress = progress
         self._shards: list[_Shard] = []
         self._facts: dict[str, Future[ShardFacts]] = {}
-        self._writing: deque[Future[AdapterEntry]] = deque()
-        self._begun: list[Future[Any]] = []  # of the last shard
-        self._held = self._unsynced = 0
+        self._syncs: list[Future[None]] = []  # of the last shard
+        self._unsynced = 0
         self._entries: list[AdapterEntry] = []
-        self._workers = min(4, os.cpu_count() or 1)
-        self._writers = ThreadPoolExecutor(self._workers, thread_name_prefix="lorakit-write")
+        self._pipeline = Pipeline()
         # One alone: shards are completed one after another.
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="lorakit-sync")
 
@@ -193,18 +183,22 @@ class ShardSeries:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pool in (self._writers, self._syncer):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._pipeline.close()
+        self._syncer.shutdown(wait=True, cancel_futures=True)
         for shard in self._shards:
             shard.close()
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """A buffer of at least so many bytes for an adapter's next block, used again when that is written."""
+        return self._pipeline.buffer(nbytes)
 
     def add(self, entry: AdapterEntry, blocks: Iterable[memoryview], more: int, longest_name: int) -> None:
         """Writes one adapter.
 
         Args:
             entry: the adapter; where it lies and its hash are filled in.
-            blocks: the bytes of its range, each block good until the next is asked for. They are asked for in a thread,
-                so an error of theirs may come from a later call, at the latest from `finish`.
+            blocks: the bytes of its range; they must not change until they are written. An error of writing may come
+                from a later call, at the latest from `finish`.
             more: how many adapters will follow, as far as is known; sizes the area of the header.
             longest_name: the length of the longest name among them.
         """
@@ -215,12 +209,12 @@ class ShardSeries:
             self._open_shard(entry, more, longest_name)
             placed = self._shards[-1].place(entry, self._shard_bytes)
         assert placed is not None, "a new shard takes the adapter it was sized for"
-        self._writing.append(self._writers.submit(self._shards[-1].write, placed, blocks))
-        self._begun.append(self._writing[-1])
-        # Bounds what is held in memory.
-        self._held += entry.stored_nbytes
-        while len(self._writing) > self._workers or (self._held > _HELD_BYTES and len(self._writing) > 1):
-            self._collect()
+        digest, offset = blake3(), placed.offset
+        for block in blocks:
+            self._pipeline.send(block, self._shards[-1].write, offset, digest)
+            offset += block.nbytes
+        assert offset == placed.offset + placed.stored_nbytes, "every byte of the range is written, gaps too"
+        self._pipeline.then(partial(self._written, placed, digest))
 
     def finish(self) -> tuple[list[AdapterEntry], dict[str, ShardFacts]]:
         """Completes the shards; their files are whole and named, and safe once the folder is synced.
@@ -228,29 +222,25 @@ class ShardSeries:
         Returns:
             The entries in the order added, with shard, offset and hash; and the new shards' facts.
         """
-        while self._writing:
-            self._collect()
         self._close_shard()
         return self._entries, {name: facts.result() for name, facts in self._facts.items()}
 
-    def _collect(self) -> None:
-        entry = self._writing.popleft().result()
-        self._entries.append(entry)
-        self._held -= entry.stored_nbytes
+    def _written(self, entry: AdapterEntry, digest: blake3) -> None:
+        self._entries.append(replace(entry, blake3=digest.hexdigest()))
         self._unsynced += entry.stored_nbytes
         if self._unsynced > _SYNC_BYTES:
             self._unsynced = 0
-            if self._begun:
-                # With the rest, its errors are raised when the shard is completed.
-                self._begun.append(self._syncer.submit(self._shards[-1].sync))
+            # With the rest, its errors are raised when the shard is completed.
+            self._syncs.append(self._syncer.submit(self._shards[-1].sync))
         if self._progress:
             self._progress(entry.name, entry.stored_nbytes)
 
     def _close_shard(self) -> None:
+        self._pipeline.finish()
         if len(self._shards) > len(self._facts):
             shard = self._shards[-1]
-            self._facts[shard.path.name] = self._syncer.submit(shard.commit, self._begun)
-            self._begun = []
+            self._facts[shard.path.name] = self._syncer.submit(shard.commit, self._syncs)
+            self._syncs = []
 
     def _open_shard(self, entry: AdapterEntry, more: int, longest_name: int) -> None:
         count = 1 + min(more, self._shard_bytes // max(1, entry.stored_nbytes))
