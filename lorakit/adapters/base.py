@@ -302,7 +302,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _is_packed_place(module: nn.Module) -> bool:
-    return place_of(module) is not None and is_packed(module)
+    return is_packed(module) and place_of(module) is not None
 
 
 def _is_packed(module: nn.Module, item: str) -> bool:

@@ -71,11 +71,12 @@ def export(
     choices = choices_of(sources, svd_energy, task_ids)
     path = Path(bank)
     check_free(path, overwrite)
-    first = read_checkpoint(next(iter(sources.values())))
+    first_name, first_source = next(iter(sources.items()))
+    first = read_checkpoint(first_source)
     base = _base(base_model, first)
 
     def make(name: str, source: Source) -> AdapterForm:
-        checkpoint = read_checkpoint(source)
+        checkpoint = first if name == first_name else read_checkpoint(source)
         if base_model is None:
             _check_same_base(first, checkpoint)
         return convert(name, checkpoint, base, dtype, choices[name], check_finite=False)

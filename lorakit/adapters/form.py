@@ -98,21 +98,24 @@ class ModuleForm:
         assert (self.a is None) == (self.b is None), "A and B come together"
         assert self.w is None or (self.b is None and self.c is None and self.scale == 1), "w takes the product's place"
         assert self.kind != "norm" or (self.b is None and self.w is None and self.t is None), "a norm takes c and d"
-        r = self.rank
-        each = (self.experts,) if self.kind == "experts" else ()
-        embedding = self.kind == "embedding"
-        shapes = {
-            "a": (self.in_features, r) if embedding else (*each, r, self.in_features),
-            "b": (*each, self.out_features, r),
-            "w": (self.in_features, self.out_features) if embedding else (self.out_features, self.in_features),
-            "t": (self.added, self.out_features if embedding else self.in_features),
-            "c": (self.out_features,),
-            "d": (self.out_features,),
-        }
         for name, tensor in self.tensors():
-            assert tuple(tensor.shape) == shapes[name], f"{name} is {tuple(tensor.shape)}, not {shapes[name]}"
+            assert tuple(tensor.shape) == self._shape(name), f"{name} is {tuple(tensor.shape)}, not {self._shape(name)}"
         assert self.kind != "experts" or (self.a is not None and self.c is None and self.d is None)
         assert math.isfinite(self.scale)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """The shape that a tensor of this name has."""
+        each = (self.experts,) if self.kind == "experts" else ()
+        embedding = self.kind == "embedding"
+        if name == "a":
+            return (self.in_features, self.rank) if embedding else (*each, self.rank, self.in_features)
+        if name == "b":
+            return (*each, self.out_features, self.rank)
+        if name == "w":
+            return (self.in_features, self.out_features) if embedding else (self.out_features, self.in_features)
+        if name == "t":
+            return (self.added, self.out_features if embedding else self.in_features)
+        return (self.out_features,)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
+import numpy
 import torch
 
 from lorakit.adapters.dtypes import WEIGHT_DTYPES
@@ -28,6 +29,7 @@ ALIGNMENT = 8
 """Every tensor starts at a multiple of this many elements: 16 bytes at two bytes an element, what a thread loads."""
 
 _FEATURES_LIMIT = 1 << 40
+_T = TypeVar("_T", torch.Tensor, numpy.ndarray)
 
 
 def _aligned(elements: int) -> int:
@@ -350,9 +352,9 @@ class Layout:
         return layout
 
 
-def stored(item: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A form's tensor as it lies in an extent, or back: B is transposed, of experts each one's. A view."""
-    return tensor.mT if item == "b" else tensor
+def stored(item: str, tensor: _T) -> _T:
+    """A form's tensor or array as it lies in an extent, or back: B is transposed, of experts each one's. A view."""
+    return tensor.swapaxes(-1, -2) if item == "b" else tensor
 
 
 def _place(span: Span) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Blocks of bytes on their way to the disk: hashed in one thread and written in another, while more are packed.
+"""Blocks of bytes on their way to the disk: hashed and written in a thread, while more are packed.
 
-Threads take whole blocks, in calls that release Python's lock for long. Packing in threads would not be faster: it is
-a few calls a tensor, and each would wait for the lock.
+The thread takes whole blocks, in calls that release Python's lock for long. Packing in threads would not be faster: it
+is a few short calls a tensor, and each would wait for the lock.
 
 Knows bytes; knows no adapter.
 """
@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from blake3 import blake3
 
-_DEPTH = 16  # Blocks under way, and so the buffers that there are.
+_DEPTH = 8  # Blocks under way, and so the buffers that there are.
 
 
 class _Step(NamedTuple):
-    begun: tuple[Future[Any], ...]
+    begun: Future[None] | None
     buffer: torch.Tensor | None
     then: Callable[[], None] | None
 
@@ -29,8 +29,7 @@ class Pipeline:
     """Hashes and writes blocks in the order sent. Used by one thread; to be closed."""
 
     def __init__(self) -> None:
-        # One thread each: hashes depend on the order, and writers of one file would wait for each other.
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="lorakit-hash")
+        # One alone: a hash depends on the order.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="lorakit-write")
         self._steps: deque[_Step] = deque()
         self._free: list[torch.Tensor] = []
@@ -68,13 +67,17 @@ class Pipeline:
             BankError: as `finish`.
         """
         self._wait(_DEPTH - 1)
-        begun = self._writer.submit(write, block, place), self._hasher.submit(digest.update, block)
-        self._steps.append(_Step(begun, self._taken, None))
+
+        def work() -> None:
+            digest.update(block)
+            write(block, place)
+
+        self._steps.append(_Step(self._writer.submit(work), self._taken, None))
         self._taken = None
 
     def then(self, action: Callable[[], None]) -> None:
         """Calls a function, in the thread that uses the pipeline, when all that was sent before is done."""
-        self._steps.append(_Step((), None, action))
+        self._steps.append(_Step(None, None, action))
 
     def finish(self) -> None:
         """Waits until all is done.
@@ -85,16 +88,15 @@ class Pipeline:
         self._wait(0)
 
     def close(self) -> None:
-        """Lets go of its threads, also of what they have not begun."""
-        for pool in (self._hasher, self._writer):
-            pool.shutdown(wait=True, cancel_futures=True)
+        """Lets go of its thread, and of what that has not begun."""
+        self._writer.shutdown(wait=True, cancel_futures=True)
 
     def _wait(self, most: int) -> None:
         """Waits until no more than so many steps are left."""
         while len(self._steps) > most:
             step = self._steps.popleft()
-            for future in step.begun:
-                future.result()
+            if step.begun is not None:
+                step.begun.result()
             if step.buffer is not None:
                 self._free.append(step.buffer)
             if step.then is not None:

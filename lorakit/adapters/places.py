@@ -6,7 +6,7 @@ same places, so what exports also serves. Knows `nn.Module` classes by their sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +45,19 @@ _EXPERTS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate
 LAST_OF_EXPERTS = "down_proj"
 """The parameter that comes last in a module of experts, as PEFT's keys need to know."""
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def place_of(module: nn.Module) -> Place | None:
+def place_of(module: nn.Module, norms: dict[Hashable, Place | None] | None = None) -> Place | None:
     """The place that a module is, or None for a module that carries no adapter.
 
     Quantised linears (bitsandbytes, GPTQ, AWQ, HQQ, torchao, …) count as linear by their `in_features` and
     `out_features`: an adapter adds to what the module returns and never touches its weight.
+
+    Args:
+        module: the module.
+        norms: norms that were tried before, and what they are; a model has many alike.
     """
     if isinstance(module, nn.Embedding):
         return Place("embedding", module.num_embeddings, module.embedding_dim, transposed=True)
@@ -62,10 +67,10 @@ def place_of(module: nn.Module) -> Place | None:
     # A container may report sizes too; what multiplies has tensors of its own, packed ones in buffers.
     if isinstance(width, int) and isinstance(height, int) and own_tensors(module):
         return Place("linear", width, height, transposed=False)
-    return _norm_of(module)
+    return _norm_of(module, {} if norms is None else norms)
 
 
-def _norm_of(module: nn.Module) -> Place | None:
+def _norm_of(module: nn.Module, known: dict[Hashable, Place | None]) -> Place | None:
     """The place that a norm is: a module with one weight a channel, which multiplies what was normalised.
 
     What it does with that weight is seen by trying a copy of it, as models have norms of their own classes.
@@ -76,8 +81,21 @@ def _norm_of(module: nn.Module) -> Place | None:
     names = {name for name, _ in module.named_parameters()}
     if names - {"weight", "bias"} or isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
         return None
-    offset = _offset_of(module, weight.shape[0])
-    return None if offset is None else Place("norm", weight.shape[0], weight.shape[0], transposed=False, offset=offset)
+    channels = weight.shape[0]
+    alike = (type(module), channels, frozenset(names), _settings(module))
+    if alike not in known:
+        offset = _offset_of(module, channels)
+        known[alike] = None if offset is None else Place("norm", channels, channels, transposed=False, offset=offset)
+    return known[alike]
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """What a norm's forward can depend on beside its weight: equal only where that is."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    plain = all(value is None or isinstance(value, bool | int | float | str | torch.dtype) for value in own.values())
+    if module._modules or module._buffers or not plain:
+        return id(module)
+    return module.training, tuple(sorted(own.items(), key=lambda item: item[0]))
 
 
 @torch.no_grad()
@@ -112,7 +130,9 @@ def places(model: nn.Module) -> dict[str, Place]:
 
     A model that PEFT has wrapped is seen as its base: a tuner layer counts as the layer it wraps, at its own path.
     """
-    return {path: place for path, module in base_modules(model) if (place := place_of(module)) is not None}
+    norms: dict[Hashable, Place | None] = {}
+    found = ((path, place_of(module, norms)) for path, module in base_modules(model))
+    return {path: place for path, place in found if place is not None}
 
 
 def parameter_places(model: nn.Module) -> dict[str, Place]:
@@ -156,7 +176,7 @@ def expert_places_of(module: nn.Module) -> dict[str, Place]:
 def _router_places_of(module: nn.Module) -> dict[str, Place]:
     """The weight (out, in) of a module that may multiply by it, and then goes on, as the routers of experts do."""
     weight: Any = getattr(module, "weight", None)
-    if place_of(module) is not None or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or place_of(module) is not None:
         return {}
     height, width = weight.shape
     return {"weight": Place("router", width, height, transposed=False)} if weight.dtype in _DTYPES else {}

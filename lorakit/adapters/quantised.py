@@ -152,7 +152,7 @@ def _packed_kinds(model: nn.Module) -> Iterator[str]:
     """What to call the packed modules of a model whose configuration says nothing of them."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if place_of(module) is None or not is_packed(module):
+        if not is_packed(module) or place_of(module) is None:
             continue
         if hasattr(module, "W_q"):
             meta = getattr(module, "meta", None) or {}

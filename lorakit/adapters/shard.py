@@ -150,9 +150,9 @@ class _Shard:
 class ShardSeries:
     """Writes adapters one after another into as many new shards as they need.
 
-    A context. What is added is hashed and written in threads, and put on the disk meanwhile (`pipeline`). What it leaves
-    behind after an error is no part of the bank, as no index names it; sweeping it away is the bank's part, which alone
-    knows whether the index was replaced by then.
+    A context. What is added is hashed and written in threads (`pipeline`), and put on the disk meanwhile. What it
+    leaves behind after an error is no part of the bank, as no index names it; sweeping it away is the bank's part,
+    which alone knows whether the index was replaced by then.
 
     Args:
         folder: the bank's.

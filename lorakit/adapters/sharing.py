@@ -6,7 +6,7 @@ Knows forms and entries; opens no file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from lorakit.adapters.entry import AdapterEntry, place_extras
@@ -21,6 +21,7 @@ class Sharing:
 
     def __init__(self, index: Index) -> None:
         self._layouts: dict[Layout, Layout] = {}
+        self._by_shapes: dict[Hashable, Layout] = {}
         self._configs: dict[str, Mapping[str, Any]] = {}
         self._extras: dict[Any, Any] = {}
         for layout, config, extras in {
@@ -33,14 +34,14 @@ class Sharing:
 
     def entry(self, name: str, form: AdapterForm, source: str) -> AdapterEntry:
         """The entry of a form, not placed yet."""
-        layout = Layout.of(form)
+        layout = self._layout(form)
         dtype = weight_dtype(form)
         config = json.loads(json.dumps(dict(form.config)))
         extras = place_extras(form.extras, layout.nbytes(dtype))
         return AdapterEntry(
             name=name,
             method=form.method,
-            layout=self._layouts.setdefault(layout, layout),
+            layout=layout,
             config=self._configs.setdefault(content_key(config), config),
             dtype=dtype,
             extras=self._extras.setdefault(extras, extras),
@@ -50,3 +51,18 @@ class Sharing:
             svd_errors={path: float(f"{error:.3e}") for path, error in form.svd_errors.items()},
             task_id=form.task_id,
         )
+
+    def _layout(self, form: AdapterForm) -> Layout:
+        """`Layout.of`, made once for all forms of the same shapes and dtypes."""
+        shapes = tuple(
+            (
+                *(path, module.kind, module.in_features, module.out_features, module.scale),
+                *((item, tensor.shape, tensor.dtype) for item, tensor in module.tensors()),
+            )
+            for path, module in form.modules.items()
+        )
+        layout = self._by_shapes.get(shapes)
+        if layout is None:
+            layout = Layout.of(form)
+            layout = self._by_shapes[shapes] = self._layouts.setdefault(layout, layout)
+        return layout

@@ -11,18 +11,18 @@ Sources: Hu et al. 2021 (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 23
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import get_args
 
 import torch
 
 from lorakit.adapters.base import BaseModel
-from lorakit.adapters.form import AdapterForm, ModuleForm
+from lorakit.adapters.form import AdapterForm, Kind, ModuleForm
 from lorakit.adapters.methods import alora, bdlora, dora, experts, kasa, pissa, qalora
 from lorakit.adapters.methods.lora_options import check_options
 from lorakit.adapters.methods.parts import check_items, check_shape, module_form, parts_of
 from lorakit.adapters.methods.targets import place_at, rank_and_scale, targeted
 from lorakit.adapters.peft_reader import Checkpoint
-from lorakit.adapters.places import Place
 from lorakit.errors import ShapeMismatchError, UnsupportedMethodError
 
 # What a key can end with, and what that is. Values are (factor, kind of place).
@@ -46,7 +46,8 @@ def convert(checkpoint: Checkpoint, base: BaseModel) -> AdapterForm:
     grouped: Mapping[str, Mapping[str, torch.Tensor]] = {}
     if rest.tensors or not parameters or targeted(rest, base):
         grouped = parts_of(rest, base, "a LoRA", (*_FACTORS, _BIAS, dora.MAGNITUDE, kasa.DIAGONAL)).modules
-    modules = {path: _module(checkpoint, base, path, items) for path, items in grouped.items()}
+    wanted = {kind: _wanted(checkpoint, kind) for kind in get_args(Kind)}
+    modules = {path: _module(checkpoint, base, path, items, wanted) for path, items in grouped.items()}
     method = _method(checkpoint)
     # What A and B alone cannot give back to PEFT: DoRA's magnitudes, and biases, which the form holds scaled; all of
     # it where A and B are not the checkpoint's own.
@@ -82,7 +83,13 @@ def _method(checkpoint: Checkpoint) -> str:
     return pissa.method_of(checkpoint) or next((name for name, value in options.items() if value), "lora")
 
 
-def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[str, torch.Tensor]) -> ModuleForm:
+def _module(
+    checkpoint: Checkpoint,
+    base: BaseModel,
+    path: str,
+    items: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, Collection[str]],
+) -> ModuleForm:
     """One module's form.
 
     Args:
@@ -90,6 +97,7 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         base: the base model.
         path: the module's path.
         items: the end of the key → tensor: A (r, in), B (out, r), and bias or magnitude (out) or diagonal (r).
+        wanted: kind of place → the ends of the keys that a module there has.
     """
     source = checkpoint.source
     place = place_at(checkpoint, base, path)
@@ -101,7 +109,7 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
         raise UnsupportedMethodError(
             f"{source}: {alora.INVOCATION} on the embedding {path} is not served: PEFT has it for linear modules alone."
         )
-    check_items(checkpoint, path, items, _wanted(checkpoint, place))
+    check_items(checkpoint, path, items, wanted[place.kind])
     rank, scale = rank_and_scale(checkpoint, path)
     group = qalora.group_size(checkpoint, factors["a"], place.in_features)
     blocks = bdlora.blocks(checkpoint, place, path)
@@ -132,10 +140,10 @@ def _module(checkpoint: Checkpoint, base: BaseModel, path: str, items: Mapping[s
     return module_form(place, a, b, form_scale, c, d)
 
 
-def _wanted(checkpoint: Checkpoint, place: Place) -> list[str]:
-    """The ends of the keys that a module has."""
+def _wanted(checkpoint: Checkpoint, kind: Kind) -> list[str]:
+    """The ends of the keys that a module of a kind has."""
     there = {
-        **{item: kind == place.kind for item, (_, kind) in _FACTORS.items()},
+        **{item: of == kind for item, (_, of) in _FACTORS.items()},
         dora.MAGNITUDE: checkpoint.config.get("use_dora"),
         _BIAS: checkpoint.config.get("lora_bias"),
         kasa.DIAGONAL: kasa.is_kasa(checkpoint),

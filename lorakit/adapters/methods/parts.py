@@ -57,12 +57,13 @@ def parts_of(
     modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     common: dict[str, torch.Tensor] = {}
     kept: dict[str, torch.Tensor] = {}
+    ends = {item: f".{item}" for item in items}
     for key, tensor in checkpoint.tensors.items():
-        item = next((item for item in items if key.endswith(f".{item}")), None)
+        item = next((item for item, end in ends.items() if key.endswith(end)), None)
         if key in shared:
             common[key] = tensor
         elif item is not None:
-            modules[key.removesuffix(f".{item}")][item] = tensor
+            modules[key.removesuffix(ends[item])][item] = tensor
         elif _is_base_copy(key, tensor, base):
             continue
         else:

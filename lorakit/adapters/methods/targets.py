@@ -108,7 +108,9 @@ def by_pattern(checkpoint: Checkpoint, patterns: str, default: str, path: str) -
     Raises:
         CheckpointError: a pattern is no regular expression.
     """
-    values = checkpoint.config.get(patterns) or {}
+    values = checkpoint.config.get(patterns)
+    if not values:
+        return checkpoint.config[default]
     try:
         return values.get(get_pattern_key(values, path), checkpoint.config[default])
     except PATTERN_ERRORS as error:
