@@ -419,18 +419,21 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         # Only here, as in `export_peft`.
         from lorakit.adapters.choices import choices_of
         from lorakit.adapters.convert import convert
-        from lorakit.adapters.peft_reader import describe
+        from lorakit.adapters.peft_reader import describe, reading_ahead
 
         choices = choices_of(sources, svd_energy, task_ids)
         self.reload()  # another process may have removed what was in the way
         for name in sources:
             _check_new(name, set(), self._folder.index, overwrite)
         base = self._base(base_model)
-        items = [
-            (name, partial(convert, name, source, base, dtype, choices[name], check_finite=False), describe(source))
-            for name, source in sources.items()
-        ]
-        self.add_forms(items, overwrite=overwrite, progress=progress)
+        with reading_ahead(sources.values()) as ask:
+
+            def make(name: str, source: Source) -> AdapterForm:
+                ask()
+                return convert(name, source, base, dtype, choices[name], check_finite=False)
+
+            items = [(name, partial(make, name, source), describe(source)) for name, source in sources.items()]
+            self.add_forms(items, overwrite=overwrite, progress=progress)
 
     def merge(
         self,

@@ -7,7 +7,7 @@ Knows sources, the base and the bank; knows no device.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from lorakit.adapters.convert import check_dtype, convert
 from lorakit.adapters.folder import check_free
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.names import check_name
-from lorakit.adapters.peft_reader import Checkpoint, Source, default_name, describe, read_checkpoint
+from lorakit.adapters.peft_reader import Checkpoint, Source, default_name, describe, read_checkpoint, reading_ahead
 from lorakit.adapters.shard import Progress
 from lorakit.errors import AdapterExistsError, BankError, BaseModelMismatchError, BaseModelNotFoundError
 
@@ -75,22 +75,24 @@ def export(
     first = read_checkpoint(first_source)
     base = _base(base_model, first)
 
-    def make(name: str, source: Source) -> AdapterForm:
+    def make(name: str, source: Source, ask: Callable[[], None]) -> AdapterForm:
+        ask()
         checkpoint = first if name == first_name else read_checkpoint(source)
         if base_model is None:
             _check_same_base(first, checkpoint)
         return convert(name, checkpoint, base, dtype, choices[name], check_finite=False)
 
-    # Made one at a time, as the bank takes them: a thousand adapters need not fit in memory.
-    items = [(name, partial(make, name, source), describe(source)) for name, source in sources.items()]
-    return AdapterBank.write(
-        path,
-        items,
-        base_id=base.id,
-        fingerprint=fingerprint.fingerprint(base),
-        overwrite=overwrite,
-        progress=progress,
-    )
+    with reading_ahead(sources.values()) as ask:
+        # Made one at a time, as the bank takes them: a thousand adapters need not fit in memory.
+        items = [(name, partial(make, name, source, ask), describe(source)) for name, source in sources.items()]
+        return AdapterBank.write(
+            path,
+            items,
+            base_id=base.id,
+            fingerprint=fingerprint.fingerprint(base),
+            overwrite=overwrite,
+            progress=progress,
+        )
 
 
 def _named(adapters: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:

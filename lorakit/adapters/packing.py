@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy
 import torch
 
-from lorakit.adapters.dtypes import SAFETENSORS_CODES
 from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.finite import are_finite
 from lorakit.adapters.form import WEIGHTS, AdapterForm
@@ -24,12 +23,6 @@ BLOCK_BYTES = 1 << 22
 
 _ALIGNMENT = 64  # Tensors lie in a block's buffer as they do in the range, to this many bytes.
 _PIECE_BYTES = 1 << 17  # Transposed at a time: they stay in the innermost caches.
-# Of the same size as those floating-point numbers that numpy does not know.
-_WHOLE = {
-    dtype: torch.int16 if dtype == torch.bfloat16 else torch.uint8
-    for dtype in SAFETENSORS_CODES
-    if dtype.is_floating_point and dtype not in (torch.float64, torch.float32, torch.float16)
-}
 
 Buffer = Callable[[int], torch.Tensor]
 """Gives a uint8 buffer of at least so many bytes; it belongs to the block that is yielded next."""
@@ -55,6 +48,7 @@ def blocks(entry: AdapterEntry, form: AdapterForm, buffer: Buffer = _fresh) -> I
     """
     prefix = len(entry.name) + 1
     extras = {f"extras/{extra.name}": form.extras[extra.name] for extra in entry.extras}
+    arrays = _Arrays()
     room = -(-BLOCK_BYTES // _ALIGNMENT) * _ALIGNMENT
     nbytes = min(room, entry.stored_nbytes) + _ALIGNMENT
     data = buffer(nbytes).numpy()
@@ -67,13 +61,13 @@ def blocks(entry: AdapterEntry, form: AdapterForm, buffer: Buffer = _fresh) -> I
         name, size = place.name[prefix:], place.end - place.begin
         if size > room:
             whole = numpy.empty(size, numpy.uint8)
-            _fill(whole, entry, form, extras, name)
+            _fill(whole, entry, form, extras, arrays, name)
             for first in range(0, size, room):
                 yield whole[first : first + room].data
             begin = place.end
         else:
             lead = begin % _ALIGNMENT - begin
-            _fill(data[lead + place.begin : lead + place.end], entry, form, extras, name)
+            _fill(data[lead + place.begin : lead + place.end], entry, form, extras, arrays, name)
         end = place.end
     if end > begin:
         yield _part(data, begin, end)
@@ -90,38 +84,57 @@ def cut(data: torch.Tensor) -> Iterator[memoryview]:
         yield view[first : first + BLOCK_BYTES]
 
 
+class _Arrays:
+    """Tensors' numbers for numpy, as whole ones of their size: it does not know bfloat16.
+
+    Numpy works in the thread that asks, and keeps Python's lock where it makes a view. Torch would start threads of its
+    own and give the lock away at each call, so it is asked once a storage: a checkpoint's tensors mostly share one.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[int, numpy.ndarray] = {}
+
+    def of(self, tensor: torch.Tensor) -> numpy.ndarray:
+        """A view of a tensor; of one that is on another device, of a copy."""
+        if not tensor.is_cpu:
+            tensor = tensor.cpu()
+        storage = tensor.untyped_storage()
+        whole = self._storages.get(storage.data_ptr())
+        if whole is None:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            if whole.nbytes > tensor.nbytes:  # of one tensor alone, it is not asked for again
+                self._storages[storage.data_ptr()] = whole
+        size = tensor.element_size()
+        strides = [size * step for step in tensor.stride()]
+        return numpy.ndarray(tensor.shape, f"i{size}", whole, size * tensor.storage_offset(), strides)
+
+
 def _part(data: numpy.ndarray, begin: int, end: int) -> memoryview:
     lead = begin % _ALIGNMENT
     return data[lead : lead + end - begin].data
 
 
 def _fill(
-    target: numpy.ndarray, entry: AdapterEntry, form: AdapterForm, extras: Mapping[str, torch.Tensor], name: str
+    target: numpy.ndarray,
+    entry: AdapterEntry,
+    form: AdapterForm,
+    extras: Mapping[str, torch.Tensor],
+    arrays: _Arrays,
+    name: str,
 ) -> None:
     """Copies a tensor into its bytes, in row-major order, and checks it."""
     if name.startswith("~"):
         target[:] = 0
     elif name in extras:
-        _copy(target, _array(extras[name]))
+        _copy(target, arrays.of(extras[name]))
     else:
         path, item = name.rsplit("/", 1)
         dtype = entry.dtype if item in WEIGHTS else torch.float32
         tensor: torch.Tensor = getattr(form.modules[path], item)
-        array = _array(tensor if tensor.dtype == dtype else tensor.to(dtype))
+        array = arrays.of(tensor if tensor.dtype == dtype else tensor.to(dtype))
         copied = _copy(target, stored(item, array))
         if not are_finite(copied, dtype):
             form.check_finite(entry.name)  # says which tensor
-
-
-def _array(tensor: torch.Tensor) -> numpy.ndarray:
-    """A tensor's numbers, as whole ones of their size where numpy does not know them.
-
-    For numpy works in the thread that asks, while torch would start threads, and gives up Python's lock at each call.
-    """
-    if tensor.requires_grad or not tensor.is_cpu:
-        tensor = tensor.detach().cpu()
-    array: numpy.ndarray = (tensor.view(_WHOLE[tensor.dtype]) if tensor.dtype in _WHOLE else tensor).numpy()
-    return array
 
 
 def _copy(target: numpy.ndarray, source: numpy.ndarray) -> numpy.ndarray:

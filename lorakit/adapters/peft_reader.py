@@ -11,7 +11,10 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -46,6 +49,7 @@ _INDICES = re.compile(
 )
 """The keys whose tensors are whole numbers."""
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_AHEAD = 2  # Checkpoints that the system reads ahead.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -198,8 +202,35 @@ def _read_tensors(folder: Path, source: str) -> dict[str, torch.Tensor]:
     raise CheckpointError(f"{source} holds neither {SAFETENSORS} nor {PICKLE}; save the adapter there again.")
 
 
+@contextmanager
+def reading_ahead(sources: Iterable[Source]) -> Iterator[Callable[[], None]]:
+    """Has the system read the files of checkpoints that will be read, while other work goes on.
+
+    They are mapped, and page faults would wait for the disk. A thread asks for them, as asking can wait too.
+
+    Args:
+        sources: in the order in which they will be read; those that are no folder are left out.
+
+    Yields:
+        To be called when one of them is read: the next but one is asked for.
+    """
+    waiting = iter(sources)
+    with ThreadPoolExecutor(1, thread_name_prefix="lorakit-read") as reader:
+
+        def ask(count: int = 1) -> None:
+            for source in islice(waiting, count):
+                if isinstance(source, str | os.PathLike):
+                    reader.submit(_read_ahead, Path(source) / SAFETENSORS)
+
+        ask(_AHEAD)
+        try:
+            yield ask
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+
 def _read_ahead(path: Path) -> None:
-    """Has the system read a file that will be mapped, while other work goes on; page faults would wait for it."""
+    """Has the system read a file."""
     if hasattr(os, "posix_fadvise"):  # not on every system
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
