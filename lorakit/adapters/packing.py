@@ -18,7 +18,7 @@ from lorakit.adapters.finite import are_finite
 from lorakit.adapters.form import WEIGHTS, AdapterForm
 from lorakit.adapters.layout import stored
 
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 21
 """A block is no larger than this."""
 
 _ALIGNMENT = 64  # Tensors lie in a block's buffer as they do in the range, to this many bytes.
@@ -100,7 +100,7 @@ class _Arrays:
             tensor = tensor.cpu()
         storage = tensor.untyped_storage()
         whole = self._storages.get(storage.data_ptr())
-        if whole is None:
+        if whole is None or whole.nbytes != storage.nbytes():
             whole = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             if whole.nbytes > tensor.nbytes:  # of one tensor alone, it is not asked for again
                 self._storages[storage.data_ptr()] = whole

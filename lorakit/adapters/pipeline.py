@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from blake3 import blake3
 
-_DEPTH = 8  # Blocks under way, and so the buffers that there are.
+_DEPTH = 16  # Blocks under way, and so the buffers that there are.
 
 
 class _Step(NamedTuple):

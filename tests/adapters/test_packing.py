@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from forms import lora_form, odd_form
@@ -9,7 +11,7 @@ from forms import lora_form, odd_form
 from lorakit.adapters import packing
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.index import Index
-from lorakit.adapters.layout import Extent, stored
+from lorakit.adapters.layout import Extent, Layout, stored
 from lorakit.adapters.packing import blocks
 from lorakit.adapters.sharing import Sharing
 from lorakit.errors import NonFiniteWeightsError
@@ -64,6 +66,51 @@ def test_what_is_not_finite_is_found(monkeypatch: pytest.MonkeyPatch, item: str,
         list(blocks(entry, form))
     tensor.view(-1)[-1] = saved
     assert len(b"".join(map(bytes, blocks(entry, form)))) == entry.stored_nbytes
+
+
+def test_tensors_that_share_a_storage_and_tensors_that_do_not() -> None:
+    form, memory = lora_form(dtype=torch.bfloat16), torch.zeros(10_000, dtype=torch.bfloat16)
+    place, modules = 3, {}
+    for path, module in form.modules.items():
+        views = {}
+        for item, tensor in (("a", module.a), ("b", module.b)):
+            views[item] = memory[place : place + tensor.numel()].view(tensor.shape)
+            views[item].copy_(tensor)
+            place += tensor.numel()
+        # Of the last module's, one has a storage of its own, one does not lie in order, and one can be trained.
+        modules[path] = replace(module, **views)
+    path = list(modules)[-1]
+    modules[path] = replace(modules[path], a=form.modules[path].a.T.contiguous().T)
+    path = next(iter(modules))
+    modules[path] = replace(modules[path], b=modules[path].b.clone().requires_grad_())
+    same = AdapterForm(form.method, modules, form.config)
+    entry = Sharing(Index("base", {})).entry("x", form, "")
+    assert b"".join(map(bytes, blocks(entry, same))) == b"".join(map(bytes, blocks(entry, form)))
+
+
+def test_a_layout_is_shared_by_equal_forms_and_by_no_others() -> None:
+    sharing = Sharing(Index("base", {}))
+    form = lora_form()
+    first, second = list(form.modules)[:2]
+    vector = torch.ones(form.modules[first].out_features)
+
+    def with_bias(path: str) -> AdapterForm:
+        return replace(form, modules={**form.modules, path: replace(form.modules[path], d=vector)})
+
+    forms = {"plain": form, "same": lora_form(1), "half": lora_form(dtype=torch.float16)}
+    forms |= {"first": with_bias(first), "second": with_bias(second), "other rank": lora_form(rank=8)}
+    layouts = {name: sharing.entry(name, form, "").layout for name, form in forms.items()}
+    assert all(layouts[name] == Layout.of(form) for name, form in forms.items())
+    assert layouts["plain"] is layouts["same"] is layouts["half"]
+    assert len({id(layout) for layout in layouts.values()}) == 4
+
+
+def test_bytes_that_are_packed_already_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "BLOCK_BYTES", 7)
+    data = torch.arange(23, dtype=torch.uint8)
+    parts = [bytes(part) for part in packing.cut(data)]
+    assert [len(part) for part in parts] == [7, 7, 7, 2]
+    assert b"".join(parts) == bytes(data.tolist())
 
 
 def test_an_adapter_without_tensors() -> None:

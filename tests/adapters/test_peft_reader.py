@@ -1,10 +1,12 @@
 """Reading checkpoints: what is damaged, unsafe or no checkpoint is refused by name, and nothing is run or written."""
 
 import json
+import math
 import os
 import pickle
 import struct
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,16 @@ from hypothesis import strategies as st
 from peft_folders import CONFIG, WEIGHTS, base_of, edit_config, edit_tensors, key_of, save, small, tree
 from safetensors.torch import load_file, save_file
 
-from lorakit.adapters.peft_reader import PICKLE, default_name, describe, read_checkpoint
+from lorakit.adapters import peft_reader
+from lorakit.adapters.dtypes import SAFETENSORS_DTYPES
+from lorakit.adapters.peft_reader import (
+    PICKLE,
+    _map_safetensors,
+    default_name,
+    describe,
+    read_checkpoint,
+    reading_ahead,
+)
 from lorakit.errors import CheckpointError, LorakitError
 
 
@@ -398,6 +409,66 @@ def test_a_plain_pickle_and_garbage(folder):
         (folder / PICKLE).write_bytes(data)
         with pytest.raises(CheckpointError, match=r"adapter_model.bin"):
             read_checkpoint(folder)
+
+
+# How it is mapped
+
+
+@pytest.mark.parametrize("pad", range(8))
+def test_every_dtype_is_read_as_the_library_reads_it_wherever_it_lies(tmp_path, pad):
+    path, payload, header = tmp_path / "file", b"", {}
+    for code, dtype in SAFETENSORS_DTYPES.items():
+        for name, shape in (("matrix", [3, 5]), ("none", [0, 2]), ("number", [])):
+            nbytes = math.prod(shape) * dtype.itemsize
+            offsets = [len(payload), len(payload) + nbytes]
+            header[f"{code}.{name}"] = {"dtype": code, "shape": shape, "data_offsets": offsets}
+            payload += bytes(index % 2 if code == "BOOL" else 7 * index % 251 for index in range(nbytes))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + pad)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
+    ours, theirs = _map_safetensors(path), load_file(path)
+    assert list(ours) == list(theirs)
+    for key, tensor in theirs.items():
+        assert (ours[key].dtype, ours[key].shape) == (tensor.dtype, tensor.shape)
+        assert ours[key].data_ptr() % tensor.dtype.itemsize == 0
+        assert bytes(ours[key].view(-1).view(torch.uint8)) == bytes(tensor.clone().view(-1).view(torch.uint8))
+
+
+def test_a_dtype_that_only_the_library_knows(tmp_path):
+    text = json.dumps({"x": {"dtype": "F4", "shape": [4, 4], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "file").write_bytes(struct.pack("<Q", len(text)) + text + bytes(range(8)))
+    ours, theirs = _map_safetensors(tmp_path / "file"), load_file(tmp_path / "file")
+    assert ours["x"].dtype == theirs["x"].dtype and ours["x"].shape == theirs["x"].shape
+
+
+def test_a_file_that_is_replaced_while_it_is_read(folder, monkeypatch):
+    real = peft_reader.safe_open
+
+    def opened(path, framework):
+        file = real(path, framework=framework)
+        os.rename(path, f"{path}.old")
+        Path(path).write_bytes(Path(f"{path}.old").read_bytes()[:-4])
+        return file
+
+    monkeypatch.setattr(peft_reader, "safe_open", opened)
+    with pytest.raises(CheckpointError, match="damaged or truncated: it changed while it was read"):
+        read_checkpoint(folder)
+
+
+def test_reading_ahead_asks_for_two_and_leaves_out_what_is_no_folder(tenant, folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(peft_reader, "_read_ahead", asked.append)
+    sources = [folder, tenant, "org/hub-id", tmp_path / "absent"]
+    with reading_ahead(sources) as ask:
+        for _ in range(9):
+            ask()
+        for _ in range(2000):  # the rest is cancelled at the end
+            if len(asked) < 3:
+                time.sleep(0.005)
+    assert asked == [folder / WEIGHTS, Path("org/hub-id") / WEIGHTS, tmp_path / "absent" / WEIGHTS]
+    monkeypatch.undo()
+    with reading_ahead(sources):
+        pass  # and what cannot be opened is no error
 
 
 # Any damage

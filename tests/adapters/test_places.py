@@ -65,6 +65,24 @@ def test_place_of(module, place):
     assert place_of(module) == place
 
 
+class SetNorm(nn.Module):
+    """What it adds to its weight is one of its settings, plain or not."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.__dict__.update(settings)
+
+    def forward(self, x):
+        return x * (self.weight + (self.config["add"] if hasattr(self, "config") else self.add))
+
+
+def test_norms_of_one_class_may_differ():
+    norms = [SetNorm(add=1), SetNorm(add=0), SetNorm(add=1), SetNorm(config={"add": 1}), SetNorm(config={"add": 0})]
+    found = places(nn.Sequential(*norms))
+    assert [place.offset for place in found.values()] == [1, 0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_places_have_the_shapes_of_their_weights(name):
     model = base_of(name)
