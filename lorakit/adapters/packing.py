@@ -64,6 +64,7 @@ def blocks(entry: AdapterEntry, form: AdapterForm, buffer: Buffer = _fresh) -> I
             _fill(whole, entry, form, extras, arrays, name)
             for first in range(0, size, room):
                 yield whole[first : first + room].data
+            data = buffer(nbytes).numpy()  # the one before went with the first part
             begin = place.end
         else:
             lead = begin % _ALIGNMENT - begin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from forms import lora_form, odd_form
@@ -103,6 +104,25 @@ def test_a_layout_is_shared_by_equal_forms_and_by_no_others() -> None:
     assert all(layouts[name] == Layout.of(form) for name, form in forms.items())
     assert layouts["plain"] is layouts["same"] is layouts["half"]
     assert len({id(layout) for layout in layouts.values()}) == 4
+
+
+@pytest.mark.parametrize("size", [1, 100, 1000])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_buffer_is_left_alone_once_its_block_was_given(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
+    monkeypatch.setattr(packing, "BLOCK_BYTES", size)
+    form = FORMS[name]
+    entry = Sharing(Index("base", {})).entry(name, form, "")
+    given, held = [], []
+
+    def buffer(nbytes: int) -> torch.Tensor:
+        held[:] = [torch.empty(nbytes, dtype=torch.uint8)]
+        given.append(held[0])
+        return held[0]
+
+    for block in blocks(entry, form, buffer):
+        here = numpy.frombuffer(block, numpy.uint8)
+        assert not any(numpy.shares_memory(here, old.numpy()) for old in given if not held or old is not held[0])
+        held.clear()
 
 
 def test_bytes_that_are_packed_already_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
