@@ -33,6 +33,7 @@ from lorakit.engine.admission import Admission
 from lorakit.engine.job import Job
 from lorakit.errors import MissingDependencyError
 from lorakit.runtime.model import MultiLoraModel
+from lorakit.runtime.standing import Mode, Standing
 
 SUPPORTED = SpecifierSet(">=5.23,<5.24")
 """The versions of transformers whose internals these are."""
@@ -56,6 +57,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from transformers.generation.continuous_batching.utils import (
+    CudaGraphBuffer,
     find_head_dim,
     find_num_key_value_heads,
     stream_context,
@@ -242,32 +244,92 @@ class Rows:
 class Runner(ModelRunner):
     """Runs the base with every token's adapter, and draws every row by its own settings."""
 
-    model: MultiLoraModel
-    admission: Admission
+    def __init__(self, *args: Any, model: MultiLoraModel, admission: Admission, **kwargs: Any) -> None:
+        """Has captured nothing yet.
+
+        Args:
+            *args: as transformers' runner.
+            model: whose adapters.
+            admission: which binds them.
+            **kwargs: as transformers' runner.
+        """
+        super().__init__(*args, **kwargs)
+        self.model, self.admission = model, admission
+        self.warming: Standing | None = None
+        self._can_replay = True
+        self._graphs: dict[tuple[Mode | None, int, bool, bool], CudaGraphBuffer] = {}
+        self._version: tuple[int, int, int] | None = None
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         """Runs a batch that was prepared."""
+        tokens = batch_data["input_ids"].shape[1]
+        slots = [slot for future in self._futures() for slot in _slots(future)]
+        slots += [None] * (tokens - len(slots))  # padding
+        kept = self._kept(batch_data["logits_indices"].shape[0]) if self.supports_logits_to_keep(model) else None
         with self._stream():
             self.model.pool.wait(self.admission.fresh())
-        with self._serving(batch_data, model):
+            standing = self.warming or self.model.standing(slots, **self._most())
+            if standing is not None:
+                standing.set(slots, kept)
+        # What is made for one batch cannot be replayed, and the first forward only sees who are siblings.
+        made_once = standing is not None and all(routing.served for routing in standing.routings)
+        self._can_replay = made_once or (standing is None and not any(slots))
+        if self._choose_graphs(standing):
+            serving: AbstractContextManager[None] = nullcontext()  # a graph knows all that it needs
+        elif standing is not None:
+            serving = self.model.standing_by(standing)
+        else:
+            serving = self.model.serving(slots, kept)
+        with serving:
             super().compute_batch(model, batch_data)
+
+    def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable[..., None], bool]:
+        if not self._can_replay:
+            return self._forward_process_and_sample, False
+        forward, graph = super()._get_forward_fn(use_block_table)
+        return forward, graph
+
+    def warm_up(self, model: nn.Module) -> None:
+        """Captures graphs for the adapters that the model serves now, beside those without any."""
+        self.warmup(model)
+        if not (self.use_cuda_graph_varlen or self.use_cuda_graph_decode):
+            return
+        for standing in self.model.standings(**self._most()):
+            self.warming = standing
+            try:
+                self.run_one_warmup(model, num_q_tokens=1, max_kv_read=None)  # shows who are siblings
+                self.warmup(model)
+            finally:
+                self.warming = None
+
+    def _most(self) -> dict[str, int]:
+        return {"tokens": self.cache.max_batch_tokens, "segments": self.cb_config.max_requests_per_batch}
+
+    def _choose_graphs(self, standing: Standing | None) -> bool:
+        """Lays out the graphs that were captured for batches like this one; each pair of tensors has its own.
+
+        Returns:
+            Whether there is one for this batch.
+        """
+        io, pair = self.inputs_and_outputs, 0
+        if isinstance(io, ContinuousBatchingAsyncIOs):
+            pair = io.current_pair
+            io = io.io_pairs[pair].device_io
+        version = None if standing is None else self.model.standing_version
+        if version is not None and version != self._version:
+            self._graphs = {key: graphs for key, graphs in self._graphs.items() if key[0] is None}
+            self._version = version
+        rows = self.logit_processor
+        key = None if standing is None else standing.mode, pair, rows.is_sampled, rows.has_logprobs
+        io.graphs = self._graphs.setdefault(key, CudaGraphBuffer())
+        if not self._get_forward_fn(self.inputs_and_outputs.use_block_table)[1]:
+            return False
+        return io.graphs.get_graph(io._get_graph_key()) is not None
 
     def _stream(self) -> AbstractContextManager[Any]:
         stream = self.inputs_and_outputs.compute_stream
         context: AbstractContextManager[Any] = stream_context(stream) if stream is not None else nullcontext()
         return context
-
-    def _serving(self, batch_data: dict[str, Any], model: nn.Module) -> AbstractContextManager[None]:
-        """Sets the adapters of the batch's tokens."""
-        tokens = batch_data["input_ids"].shape[1]
-        slots = [slot for future in self._futures() for slot in _slots(future)]
-        slots += [None] * (tokens - len(slots))  # padding
-        if not any(slots):
-            return nullcontext()
-        kept: list[int] | None = None
-        if self.supports_logits_to_keep(model):
-            kept = self._kept(batch_data["logits_indices"].shape[0])
-        return self.model.serving(slots, kept)
 
     def _kept(self, rows: int) -> list[int]:
         """The places of the tokens whose logits are computed; rows that get no new token look at the first."""
@@ -332,6 +394,8 @@ class Router(OutputRouter):
 class Processor(ContinuousBatchProcessor):
     """transformers' batch processor, with our runner."""
 
+    model_runner: Runner
+
     def serve(self, model: MultiLoraModel, admission: Admission) -> None:
         """Puts our parts in."""
         runner = Runner(
@@ -341,8 +405,9 @@ class Processor(ContinuousBatchProcessor):
             inputs_and_outputs=self.inputs_and_outputs,
             do_sample=False,
             return_logprobs=True,
+            model=model,
+            admission=admission,
         )
-        runner.model, runner.admission = model, admission
         self.model_runner = runner
 
 
@@ -414,10 +479,11 @@ class Batching(ContinuousBatchingManager):
 
     def prepare(self) -> None:
         """Makes the cache, and captures graphs where there are any."""
-        self.warmup()
-        assert self.batch_processor is not None
+        self.batch_processor = processor = self._create_batch_processor()
+        processor.model_runner.warm_up(self.model)
+        self.warmed_up = True
         # While it is empty: later this would be what is left.
-        self.capacity = infer_max_single_request_tokens(self.batch_processor.cache)
+        self.capacity = infer_max_single_request_tokens(processor.cache)
 
     @property
     def free_share(self) -> float:

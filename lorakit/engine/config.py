@@ -34,6 +34,8 @@ class EngineConfig:
         page_size: tokens of a block; prompts share whole blocks. None: 256 on a GPU, as FlashAttention wants it; 32
             elsewhere.
         prefix_cache: whether requests of the same adapter content share the blocks of a common beginning.
+        cuda_graphs: on a GPU, replay a captured forward wherever one serves the batch.
+        compile_level: transformers' level of compilation, 0 (none) to 3.
         max_waiting: sequences that may wait; more are refused with `EngineBusyError`.
         tenants: the policies of tenants by name.
         default_tenant: the policy of all others.
@@ -49,6 +51,8 @@ class EngineConfig:
     cache_memory: int | None = None
     page_size: int | None = None
     prefix_cache: bool = True
+    cuda_graphs: bool = True
+    compile_level: int = 0
     max_waiting: int = 4096
     tenants: Mapping[str, TenantPolicy] = field(default_factory=dict)
     default_tenant: TenantPolicy = field(default_factory=TenantPolicy)

@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -27,7 +27,8 @@ from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel, architecture_class
 from lorakit.adapters.choices import NONE, Choices
 from lorakit.adapters.entry import AdapterEntry
-from lorakit.adapters.layout import Extent
+from lorakit.adapters.form import Kind
+from lorakit.adapters.layout import Extent, Layout, ModuleLayout
 from lorakit.adapters.methods.alora import invocation_of
 from lorakit.adapters.peft_reader import Source
 from lorakit.adapters.quantised import in_words
@@ -55,6 +56,7 @@ from lorakit.runtime.routing import Routing
 from lorakit.runtime.rows import Rows, together
 from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
+from lorakit.runtime.standing import Mode, Standing, StandingRouting, can_stand
 from lorakit.runtime.table import AddressTable
 from lorakit.runtime.towers import Towers, has_towers, tower_paths, towers_of
 from lorakit.runtime.vocabulary import AddedTokens, LogitsMask, check_ids
@@ -159,6 +161,9 @@ class MultiLoraModel(nn.Module):
         self._multimodal = has_towers(model)
         self._mask: LogitsMask | None = None
         self._lent = False
+        self._stands: dict[str, bool] = {}
+        self._stood: set[str] = set()
+        self._standing: dict[Mode, Standing | None] = {}
         self._finder = SiblingFinder()
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
@@ -337,6 +342,7 @@ class MultiLoraModel(nn.Module):
             with self._lock:
                 self._lent = False
                 self._last = None
+                self._stands, self._stood, self._standing = {}, set(), {}
 
     @property
     def lock(self) -> AbstractContextManager[bool]:
@@ -377,6 +383,82 @@ class MultiLoraModel(nn.Module):
         at_output = rows if kept is None else Rows(tuple(slots[place] for place in kept), exact=True)
         with self._serving(self._apart(rows, at_output, frozenset(rows.touched))):
             yield
+
+    def standing(self, slots: Sequence[Slot | None], *, tokens: int, segments: int) -> Standing | None:
+        """The standing batch that serves these slots; None where none can, and `serving` has to.
+
+        Args:
+            slots: held by the caller.
+            tokens: the most that a forward has.
+            segments: the most slots that its tokens have.
+        """
+        used = {slot for slot in slots if slot is not None}
+        if not used or not ops.has_kernels(self.device, self.dtype):
+            return None
+        with self._lock:
+            if not all(slot.layout.key in self._stands for slot in used):
+                self._stand({slot.layout for slot in used})
+            if not all(self._stands[slot.layout.key] for slot in used):
+                return None
+            return self._standing_of(Mode.of((slot.dtype, slot.layout) for slot in used), tokens, segments)
+
+    def standings(self, *, tokens: int, segments: int) -> list[Standing]:
+        """Standing batches for any one of the adapters that the model serves now, and for all together.
+
+        Args:
+            tokens: as in `standing`.
+            segments: as in `standing`.
+        """
+        if not ops.has_kernels(self.device, self.dtype):
+            return []
+        with self._lock:
+            sources = [self._stored(name) for name in self.adapters]
+            self._stand({source.layout for source in sources})
+            kinds = {
+                (self._pool.dtype or source.dtype, source.layout) for source in sources if can_stand(source.layout)
+            }
+            modes = {Mode.of([kind]) for kind in kinds} | ({Mode.of(kinds)} if kinds else set())
+            found = [self._standing_of(mode, tokens, segments) for mode in sorted(modes, key=str)]
+            return [standing for standing in found if standing is not None]
+
+    def _standing_of(self, mode: Mode, tokens: int, segments: int) -> Standing | None:
+        if mode not in self._standing:
+            with plain_tensors():
+                self._standing[mode] = self._new_standing(mode, tokens, segments)
+        return self._standing[mode]
+
+    @property
+    def standing_version(self) -> tuple[int, int, int]:
+        """What graphs of standing batches are right for: modules, siblings and tables as they are now."""
+        return len(self._stood), len(self._siblings), self._table.version
+
+    @contextmanager
+    def standing_by(self, standing: Standing) -> Iterator[None]:
+        """Modules ask a standing batch for their adapters' shares, in what runs inside."""
+        with ExitStack() as stack:
+            for routing in standing.routings:
+                stack.enter_context(self._joined(routing))
+            yield
+            for routing in standing.routings:
+                routing.served = True
+
+    def _stand(self, layouts: set[Layout]) -> None:
+        """Hooks all modules of these layouts, and of all adapters served now; standing batches are made anew."""
+        for layout in layouts | {self._stored(name).layout for name in self.adapters}:
+            self._stands[layout.key] = can_stand(layout)
+            if self._stands[layout.key]:
+                self._adapt_modules(layout.modules, shared=True)
+                self._stood |= {module.path for module in layout.modules}
+        self._standing = {}
+
+    def _new_standing(self, mode: Mode, tokens: int, segments: int) -> Standing | None:
+        modules = [self._adapted[path] for path in self._stood]
+        if not all(module.device == self._pool.device and module.aligned for module in modules):
+            return None
+        make = partial(StandingRouting, mode=mode, tokens=tokens, segments=segments, device=self.device)
+        heads = self._stood & {self._base.output}
+        body = make(sorted(self._stood - heads), self._table, self._finder)
+        return Standing(mode, body, make(sorted(heads), self._table, self._finder) if heads else None)
 
     def _check_not_lent(self) -> None:
         if self._lent:
@@ -686,28 +768,38 @@ class MultiLoraModel(nn.Module):
 
     def _adapt(self, rows: Rows) -> None:
         """Hooks the modules that these rows' adapters touch and that have no hook yet."""
-        kinds = {}
-        for module in (module for slot in rows.used for module in slot.layout.modules):
+        touched = set(rows.touched)
+        modules = [module for slot in rows.used for module in slot.layout.modules if module.path in touched]
+        self._adapt_modules(modules, shared=rows.shared)
+
+    def _adapt_modules(self, modules: Iterable[ModuleLayout], *, shared: bool) -> None:
+        """The same for modules of layouts.
+
+        Args:
+            modules: of any adapters.
+            shared: whether adapters act on parts of a module's input.
+        """
+        kinds: dict[str, Kind] = {}
+        for module in modules:
             kinds[module.path] = module.kind
             if module.added and module.kind == "linear" and module.path != self._base.output:
                 raise BankError(
                     f"an adapter adds tokens to the vocabulary at {module.path}, which is no output layer: its bank is "
                     "not lorakit's, or is damaged."
                 )
-        for path in rows.touched:
-            kind = kinds[path]
+        for path, kind in kinds.items():
             owner = path.rpartition(".")[0] if kind in ("experts", "router") else path
-            if rows.shared:
+            if shared:
                 check_placement(self.model, owner)
             if path not in self._adapted:
-                module = self.model.get_submodule(owner)
+                found = self.model.get_submodule(owner)
                 if kind == "experts":
-                    experts = AdaptedExperts(owner, module)
+                    experts = AdaptedExperts(owner, found)
                     self._adapted |= {parameter.path: parameter for parameter in experts.parameters.values()}
                 elif kind == "router":
-                    self._adapted[path] = AdaptedRouter(path, module)
+                    self._adapted[path] = AdaptedRouter(path, found)
                 else:
-                    self._adapted[path] = AdaptedModule(path, module)
+                    self._adapted[path] = AdaptedModule(path, found)
 
     def _compare_base(self, name: str) -> None:
         """Warns of a bank's adapter that was computed from the base's weights as they are not here.

@@ -12,6 +12,7 @@ import torch
 
 from lorakit_kernels.entries import WORDS, entry_words
 from lorakit_kernels.limits import MOST_SIBLINGS, RANKS
+from lorakit_kernels.plan import COLUMNS as PLAN_COLUMNS
 from lorakit_kernels.plan import plan
 from lorakit_kernels.stacked import Stack, Whole, replaced, stacked_lora
 
@@ -23,6 +24,7 @@ if HAS_TRITON:
 __all__ = [
     "HAS_TRITON",
     "MOST_SIBLINGS",
+    "PLAN_COLUMNS",
     "RANKS",
     "WORDS",
     "Stack",

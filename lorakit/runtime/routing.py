@@ -56,7 +56,7 @@ class Routing:
         self._finder = finder
         self.added = added
         self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in used))
-        self._max_rank = _tiled(max((slot.layout.ranks[-1] for slot in used), default=0))
+        self._max_rank = tiled(max((slot.layout.ranks[-1] for slot in used), default=0))
         # Modules for which some row's adapter brings a whole weight.
         self._whole = {module.path for slot in used for module in slot.layout.modules if module.w is not None}
         self._columns: dict[str, int] = {}
@@ -165,6 +165,6 @@ class Routing:
                 ops.replace_(y.view(-1, y.shape[-1]), given, table, self._plan, column, dtype, self._segments)
 
 
-def _tiled(rank: int) -> int:
+def tiled(rank: int) -> int:
     """The width of the kernels' sums: few different ones, since each is compiled apart."""
     return max(ops.RANKS, 1 << (rank - 1).bit_length()) if rank else ops.RANKS

@@ -25,6 +25,9 @@ class AddressTable:
     """The entries of all slots, one tensor for each dtype of weights: a kernel reads weights of one dtype.
 
     A slot's row is zeros in the tensors of the other dtypes, and zeros mean: leave the module as it is.
+
+    Attributes:
+        version: grows when a tensor was replaced by a larger one.
     """
 
     def __init__(self, device: torch.device, modules: Mapping[str, AdaptedModule | AdaptedParameter]) -> None:
@@ -34,6 +37,7 @@ class AddressTable:
             device: where the slots live.
             modules: path → the module or parameter; may grow later.
         """
+        self.version = 0
         self._device = device
         self._modules = modules
         self._columns: dict[str, int] = {}
@@ -119,3 +123,4 @@ class AddressTable:
                 grown = torch.zeros(shape, dtype=torch.int64, device=self._device)
                 grown[: tensor.shape[0], : tensor.shape[1]] = tensor
                 self._tensors[key] = grown
+                self.version += 1
