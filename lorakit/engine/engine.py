@@ -415,7 +415,7 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             max_requests_per_batch=max_requests,
             allow_block_sharing=config.prefix_cache,
-            use_cuda_graph=None if cuda and config.cuda_graphs else False,
+            use_cuda_graph=config.cuda_graphs if cuda else False,
             default_compile_level=config.compile_level,
             return_logprobs=True,
         )
