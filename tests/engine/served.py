@@ -79,7 +79,7 @@ def requests(count: int, adapters: list[str | None], *, seed: int = 0, longest: 
 
 def alone(model: MultiLoraModel, asked: Asked) -> tuple[int, ...]:
     """What a request gives in a batch of its own, by `generate`."""
-    ids = torch.tensor([asked.prompt])
+    ids = torch.tensor([asked.prompt], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
