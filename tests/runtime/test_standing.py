@@ -102,3 +102,20 @@ def test_an_adapter_that_touches_more_makes_them_anew(model):
     ids = ids_of(model, 2)
     assert torch.equal(standing(model, ids, both, None), by_itself(model, ids, both, None))
     assert model.standing(slots, **SIZES) is not before and model.standing_version != version
+
+
+@torch.no_grad()
+def test_compiled_once_it_serves_every_mix_without_a_graph_break(model):
+    ids = ids_of(model, 3)
+    expected = []
+    mixes = [
+        slots_of(model, names) for names in (["small", None, "dora"], ["dora", "dora", None], [None, "small", None])
+    ]
+    for slots in mixes:
+        standing(model, ids, slots, None)  # shows who are siblings
+        expected.append(standing(model, ids, slots, None))
+    model.model.forward = torch.compile(model.model.forward, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(standing(model, ids, mixes[0], None), expected[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for slots, logits_of in zip(mixes, expected, strict=True):
+            torch.testing.assert_close(standing(model, ids, slots, None), logits_of)
