@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lorakit.bench import adapter_load, bank_open, cpu_decode, cpu_engine, export
+from lorakit.bench import adapter_load, bank_open, cpu_decode, cpu_engine, engine_step, export
 
 BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "cpu-decode": cpu_decode.run,
     "cpu-engine": cpu_engine.run,
     "bank-open": bank_open.run,
     "adapter-load": adapter_load.run,
+    "engine-step": engine_step.run,
     "export": export.run,
 }
