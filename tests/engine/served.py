@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from lorakit.engine.config import EngineConfig
 
 ALORA = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 INVOCATION = [5, 6]
+PROMPT = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22)
 SMALL = EngineConfig(max_requests=6, max_batch_tokens=24, page_size=4, stop_timeout=10.0)
 
 
@@ -95,3 +97,27 @@ def served(engine: Engine, asked: list[Asked], **settings: Any) -> list[tuple[in
     """What an engine gives, all of them submitted at once."""
     handles = [engine.submit(one.prompt, one.adapter, max_new_tokens=one.tokens, **settings) for one in asked]
     return [handle.result(60).token_ids for handle in handles]
+
+
+def at_rest(engine: Engine) -> None:
+    """Nothing is held any more, by nobody."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        stats = engine.stats()
+        busy = engine._batching.batch_processor.scheduler
+        if not (stats.open or stats.waiting or busy.active_requests or busy.waiting_requests or engine.model.pool.held):
+            break
+        time.sleep(0.01)
+    stats = engine.stats()
+    assert (stats.open, stats.waiting, engine.model.pool.held) == (0, 0, False)
+    assert stats.cache_free == 1.0
+    assert not busy.waiting_requests and not busy.cache.owners
+    assert not engine._batching._admission._taken and not engine._batching._admission._waiting
+
+
+def wait_for(engine: Engine, state: str) -> None:
+    """Waits until the engine is so."""
+    end = time.monotonic() + 20
+    while engine.state != state and time.monotonic() < end:
+        time.sleep(0.01)
+    assert engine.state == state

@@ -10,7 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from architectures import VOCAB
-from served import INVOCATION, SMALL, Asked, alone, double, family, model_of, requests, served
+from served import (
+    INVOCATION,
+    PROMPT,
+    SMALL,
+    Asked,
+    alone,
+    at_rest,
+    double,
+    family,
+    model_of,
+    requests,
+    served,
+    wait_for,
+)
 
 import lorakit
 from lorakit import Engine, MultiLoraModel
@@ -32,8 +45,6 @@ from lorakit.errors import (
 from lorakit.runtime import ops
 from lorakit.runtime.standing import StandingRouting
 
-PROMPT = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22)
-
 
 def config(**changes) -> EngineConfig:
     return dataclasses.replace(SMALL, **changes)
@@ -48,22 +59,6 @@ def model():
 def engine(model):
     with Engine(model, SMALL) as engine:
         yield engine
-
-
-def at_rest(engine: Engine) -> None:
-    """Nothing is held any more, by nobody."""
-    end = time.monotonic() + 5
-    while time.monotonic() < end:
-        stats = engine.stats()
-        busy = engine._batching.batch_processor.scheduler
-        if not (stats.open or stats.waiting or busy.active_requests or engine.model.pool.held):
-            break
-        time.sleep(0.01)
-    stats = engine.stats()
-    assert (stats.open, stats.waiting, engine.model.pool.held) == (0, 0, False)
-    assert stats.cache_free == 1.0
-    assert not busy.waiting_requests and not busy.cache.owners
-    assert not engine._batching._admission._taken and not engine._batching._admission._waiting
 
 
 # What it gives
@@ -563,13 +558,6 @@ def break_once(model, monkeypatch, times=1):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", broken)
-
-
-def wait_for(engine, state):
-    end = time.monotonic() + 20
-    while engine.state != state and time.monotonic() < end:
-        time.sleep(0.01)
-    assert engine.state == state
 
 
 def test_a_crash_fails_every_open_request_with_its_cause_and_the_engine_starts_anew(monkeypatch):
