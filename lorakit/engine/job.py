@@ -31,7 +31,7 @@ class Job:
         held: the slot that is held for it, which may not act at all.
         bound: whether `bind` has been called.
         start: the token from which on its adapter acts.
-        salt: four 32-bit numbers that stand for the adapter's content; None for the base.
+        salt: four 32-bit numbers that stand for the adapter's content and `start`; None for the base.
         generated: its tokens.
         cached: tokens of its prompt that the prefix cache had.
         over: whether it has ended, for whatever reason.
@@ -95,7 +95,10 @@ class Job:
                 return  # as in PEFT, an adapter that is not invoked does not act
             self.start = start
         self.slot = slot
-        self.salt = _SALT.unpack(hashlib.blake2b(adapter.key.encode(), digest_size=_SALT.size).digest())
+        # With `start`: an invocation may end in the block after the one in which it begins, and which of several is the
+        # last, the tokens of a block do not tell.
+        content = f"{adapter.key}/{self.start}"
+        self.salt = _SALT.unpack(hashlib.blake2b(content.encode(), digest_size=_SALT.size).digest())
 
     def slot_at(self, position: int) -> Slot | None:
         """The slot that acts on the token at a position."""
