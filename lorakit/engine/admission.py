@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 
 from lorakit.engine.fairness import FairQueue
 from lorakit.engine.job import Job
+from lorakit.engine.request import check_added
 from lorakit.engine.residency import Residency
 from lorakit.engine.tenants import Tenants
 from lorakit.errors import DeadlineExceededError
@@ -23,6 +24,13 @@ from lorakit.runtime.pool import Slot
 
 LOOKAHEAD = 8
 """Jobs chosen beyond those that may join now: their adapters are read ahead."""
+
+
+_MOST_STALLED = 64
+"""Jobs whose adapters are awaited at the same time: each is looked at in every step."""
+
+_MOST_DEADLINES = 64
+"""Deadlines of jobs that have ended which are kept anyway."""
 
 
 class Admission:
@@ -41,6 +49,7 @@ class Admission:
             patience: seconds for which jobs may pass one whose adapter finds no room.
         """
         self._model = model
+        self._vocabulary: int = model.config.get_text_config().vocab_size
         self._residency = residency
         self._tenants = tenants
         self._queue = FairQueue(quantum)
@@ -53,6 +62,7 @@ class Admission:
         self._failed: list[Job] = []
         self._fresh: list[Slot] = []
         self._blocked: tuple[Job, float] | None = None
+        self._stalled: set[str] = set()
 
     def wait(self, job: Job) -> None:
         """A job waits: a new one for its turn, one that had to leave the batch before all others."""
@@ -67,6 +77,9 @@ class Admission:
 
     def overdue(self) -> Iterator[Job]:
         """Fails the jobs whose deadlines have passed, and gives them."""
+        if len(self._deadlines) > _MOST_DEADLINES + 2 * (len(self._waiting) + len(self._taken)):
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].over]
+            heapq.heapify(self._deadlines)
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, job = heapq.heappop(self._deadlines)
@@ -92,17 +105,24 @@ class Admission:
             places -= 1
             yield job
         self._choose(places + LOOKAHEAD)
+        self._stalled = set()
         passable = True
         for job in list(self._chosen.values()):
             if job.over:
+                continue
+            if job.handle.done:  # it failed with another of its request's sequences
+                self._give_up(job)
                 continue
             if job.bound or (places > 0 and passable and self._bind(job, patient=not idle)):
                 places -= 1
                 yield job
             elif places <= 0:
                 self._read_ahead(job)
-            elif self._residency.full:
-                passable = passable and self._may_be_passed(job)
+            elif passable and not job.over:
+                assert job.adapter is not None
+                self._stalled.add(job.adapter)
+                if self._residency.full:
+                    passable = self._may_be_passed(job)
 
     def admitted(self, running: Collection[str]) -> None:
         """Tells which jobs run now."""
@@ -144,8 +164,11 @@ class Admission:
                 job.held = None
 
     def _choose(self, most: int) -> None:
-        while len(self._chosen) < most:
-            key = self._queue.choose(self._tenants.may_run)
+        stalled = sum(job.adapter in self._stalled for job in self._chosen.values())
+        if stalled > _MOST_STALLED:
+            return
+        while len(self._chosen) - stalled < most:
+            key = self._queue.choose(self._may_be_chosen)
             if key is None:
                 return
             assert isinstance(key, str)
@@ -153,18 +176,26 @@ class Admission:
             self._chosen[key] = self._taken[key] = job
             self._tenants.count(job.request.tenant, waiting=-1, running=1)
 
+    def _may_be_chosen(self, tenant: Hashable, key: Hashable) -> bool:
+        """Whether a tenant's oldest job may be chosen; one whose adapter is awaited would only be in the way."""
+        assert isinstance(key, str)
+        return self._waiting[key].adapter not in self._stalled and self._tenants.may_run(tenant)
+
     def _bind(self, job: Job, *, patient: bool) -> bool:
         """Binds a job if its adapter is there; one whose adapter cannot be had fails."""
         if job.adapter is None:
             job.bind(None, None)
             return True
         try:
-            adapter = self._model.adapter(job.adapter)
-            slot = self._residency.slot(adapter, patient=patient)
+            with self._model.lock:  # so that nobody takes the adapter out in between
+                adapter = self._model.adapter(job.adapter)
+                # Another adapter may have come under the name, with fewer tokens.
+                check_added(job.request.prompt, self._vocabulary, adapter)
+                slot = self._residency.slot(adapter, patient=patient)
         # Whatever files and devices can do to a load, it fails the requests of that adapter alone.
         except Exception as error:  # noqa: BLE001
             job.fail(error)
-            self._failed.append(job)
+            self._give_up(job)
             return False
         if slot is None:
             return False
@@ -172,6 +203,10 @@ class Admission:
         job.held = slot
         self._fresh.append(slot)
         return True
+
+    def _give_up(self, job: Job) -> None:
+        job.over = True
+        self._failed.append(job)
 
     def _read_ahead(self, job: Job) -> None:
         adapter = self._adapter(job)

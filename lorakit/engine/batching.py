@@ -47,6 +47,7 @@ if Version(transformers.__version__) not in SUPPORTED:
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 from transformers.generation.continuous_batching.continuous_api import (
+    BackgroundThreadStatus,
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
     OutputRouter,
@@ -133,7 +134,8 @@ class Cache(PagedAttentionCache):
         """The number of tokens at the prompt's beginning that some request of the same content has computed."""
         job = self.owners[request_id]
         found: int = super().search_prefix_match(request_id, self._salted(prompt_ids, job))
-        job.cached = found
+        if not job.generated:  # one that left the batch may find its own
+            job.cached = found
         return found
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
@@ -171,7 +173,8 @@ class Scheduler(FIFOScheduler):
         if state.job.over:
             self.admission.forget(state.job)
             return
-        super().add_waiting_request(state)
+        # Without transformers' order of them, which costs every step more the more wait: ours is `Admission`'s.
+        self.waiting_requests[state.request_id] = state
         self.cache.owners[state.request_id] = state.job
         self.admission.wait(state.job)
 
@@ -180,6 +183,9 @@ class Scheduler(FIFOScheduler):
         for job in (*self.admission.overdue(), *self.admission.failed()):
             self.set_request_cancellation(job.id)
         cancelled: list[RequestState] = super().clear_cancelled_requests()
+        if cancelled:
+            # Set when running requests filled the cache, until one of them ends; transformers forgets this way to end.
+            self.block_new_requests = False
         for state in cancelled:
             assert isinstance(state, State) and state.job is not None
             # Its batch may still run: what comes of it is not looked at.
@@ -206,6 +212,9 @@ class Scheduler(FIFOScheduler):
         places = self.max_requests_per_batch - len(self.active_requests)
         jobs = self.admission.candidates(places, idle=not self.active_requests)
         return [self.waiting_requests[job.id] for job in jobs]
+
+    def _cleanup_waiting_queue(self, request_ids_to_remove_from_waiting: set[str]) -> None:
+        """There is no such queue."""
 
 
 class Rows:
@@ -436,7 +445,7 @@ class Batching(ContinuousBatchingManager):
         model: MultiLoraModel,
         admission: Admission,
         config: ContinuousBatchingConfig,
-        crashed: Callable[[Exception], None],
+        crashed: Callable[[BaseException], None],
     ) -> None:
         """Takes the base over; `stop` gives it back.
 
@@ -455,7 +464,7 @@ class Batching(ContinuousBatchingManager):
         self.output_router = Router()
         self._served = model
         self._admission = admission
-        self._crashed = crashed
+        self._crashed: Callable[[BaseException], None] | None = crashed
 
     def start(self) -> None:
         """Starts the loop."""
@@ -477,6 +486,24 @@ class Batching(ContinuousBatchingManager):
         """Has the loop look for work now. Callable from any thread."""
         self._wake_up_loop.set()
 
+    def halt(self, timeout: float) -> bool:
+        """Ends the loop after the step under way.
+
+        Args:
+            timeout: seconds to wait for it.
+
+        Returns:
+            Whether it has ended; it has not, if the loop's own thread asks.
+        """
+        self.background_thread_status.request_stop(
+            BackgroundThreadStatus.HARD_STOP, self.distributed_helper.global_rank
+        )
+        self.wake()
+        thread = self._generation_thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+        return not self.is_running()
+
     def prepare(self) -> None:
         """Makes the cache, and captures graphs where there are any."""
         self.batch_processor = processor = self._create_batch_processor()
@@ -488,8 +515,10 @@ class Batching(ContinuousBatchingManager):
     @property
     def free_share(self) -> float:
         """The share of the cache that is free, or kept only because its prefix may be asked for again."""
-        assert self.batch_processor is not None
-        cache = self.batch_processor.cache
+        processor = self.batch_processor
+        if processor is None:  # it was stopped just now
+            return 1.0
+        cache = processor.cache
         kept = sum(len(ca.ledger.cached_blocks) * ca.bytes_per_block for ca in cache.cache_allocators.values())
         free: float = cache.compute_free_capacity(relative=False) + kept
         return free / (cache.num_sectors * cache.bytes_per_sector)
@@ -533,6 +562,18 @@ class Batching(ContinuousBatchingManager):
         processor.serve(self._served, self._admission)
         return processor
 
+    def _run_generation_loop(self) -> None:
+        try:
+            super()._run_generation_loop()
+        # SystemExit, asyncio's CancelledError, or an error of the handling of one: callers wait for a word of it.
+        except BaseException as error:  # noqa: BLE001
+            self._tell(error)
+
+    def _tell(self, error: BaseException) -> None:
+        crashed, self._crashed = self._crashed, None
+        if crashed is not None:
+            crashed(error)
+
     def _handle_critical_error(self, error: Exception, batch_processor: ContinuousBatchProcessor | None) -> None:
-        self._crashed(error)
+        self._tell(error)
         super()._handle_critical_error(error, batch_processor)

@@ -26,12 +26,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
+from lorakit.adapters import names
 from lorakit.engine.admission import Admission
 from lorakit.engine.batching import Batching, blocks_in
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.handle import Completion, RequestHandle
 from lorakit.engine.job import Job
-from lorakit.engine.request import Request, stop_strings, stop_tokens, token_ids
+from lorakit.engine.request import Request, check_added, stop_strings, stop_tokens, token_ids
 from lorakit.engine.residency import Residency
 from lorakit.engine.stopping import Decode
 from lorakit.engine.tenants import Tenants
@@ -148,19 +149,24 @@ class Engine:
     def close(self) -> None:
         """Ends the loop after the step under way, and gives the model back; requests still open fail.
 
-        To let them end first, wait for their handles, or `drain`.
+        A step that takes longer than `stop_timeout` is not waited for: the model is given back when it has ended. To
+        let the requests end first, wait for their handles, or `drain`.
         """
         with self._lock:
             if self._state in ("new", "closed"):
                 self._state = "closed"
                 return
             self._state = "closed"
-        restarting = self._restarting
-        if restarting is not None and restarting is not threading.current_thread():
+            restarting = self._restarting
+        if restarting is not None:
             restarting.join(self.config.stop_timeout)
         self._fail_open(EngineStoppedError("the engine was closed before the request was done; start another one."))
-        self._stop()
-        self._resources.close()
+        if self._batching is None or self._batching.halt(self.config.stop_timeout):
+            self._give_back()
+            return
+        # The step under way reads the base and its adapters.
+        _log.warning("the step under way has not ended; the model is given back when it has")
+        threading.Thread(target=self._give_back, name="lorakit-close", daemon=True).start()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Waits until no request is open.
@@ -172,9 +178,9 @@ class Engine:
             Whether none is.
         """
         end = None if timeout is None else time.monotonic() + timeout
-        for handle in list(self._open.values()):
+        while handles := list(self._open.values()):
             left = None if end is None else end - time.monotonic()
-            if not handle.wait(left):
+            if not handles[0].wait(left):
                 return False
         return True
 
@@ -224,12 +230,17 @@ class Engine:
             EngineStoppedError, EngineCrashedError: the engine does not run.
         """
         batching = self._running()
-        added = 0 if adapter_id is None else self.model.adapter(adapter_id).added
-        vocabulary = self.model.config.get_text_config().vocab_size + added
+        if adapter_id is not None and not isinstance(adapter_id, str):
+            raise names.not_found(adapter_id, self.model.adapters, "the model")
+        adapter = None if adapter_id is None else self.model.adapter(adapter_id)
+        base_vocabulary = self.model.config.get_text_config().vocab_size
+        vocabulary = base_vocabulary + (0 if adapter is None else adapter.added)
         texts = stop_strings(stop)
         if texts and self._decode is None:
             raise ConfigError("stop strings need text: make the engine with decode=tokenizer.decode.")
         ids = token_ids(prompt, vocabulary)
+        if adapter is not None:
+            check_added(ids, base_vocabulary, adapter)
         what, room = self._room(batching)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(_NEW_TOKENS, room - len(ids)))
@@ -257,7 +268,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Iterable[Sequence[int]],
         adapter_ids: str | Sequence[str | None] | None = None,
         *,
         progress: bool = True,
@@ -278,6 +289,7 @@ class Engine:
             AdapterIdsError: as many ids as prompts are needed.
             LorakitError: the first request that failed; the others are cancelled.
         """
+        prompts = list(prompts)
         if adapter_ids is None or isinstance(adapter_ids, str):
             adapter_ids = [adapter_ids] * len(prompts)
         ids = list(adapter_ids)
@@ -305,13 +317,15 @@ class Engine:
         return EngineStats(
             state=self._state,
             open=len(self._open),
-            waiting=self._tenants.waiting,
+            # What waited for a loop that failed or was closed waits no longer, but was not counted down.
+            waiting=self._tenants.waiting if self._state == "ready" else 0,
             resident=resident,
             adapter_bytes=nbytes,
             cache_free=1.0 if batching is None or self._state != "ready" else batching.free_share,
         )
 
     def _queue(self, request: Request) -> RequestHandle:
+        self._check_may_ever_wait(request)
         with self._lock:
             batching = self._running()
             over = self._tenants.waiting + request.n > self.config.max_waiting
@@ -330,6 +344,17 @@ class Engine:
                 handle.jobs.append(job)
                 batching.submit(job)
         return handle
+
+    def _check_may_ever_wait(self, request: Request) -> None:
+        limits = {
+            "the engine's max_waiting": self.config.max_waiting,
+            f"max_waiting of tenant {request.tenant!r}": self._tenants.policy(request.tenant).max_waiting,
+        }
+        for what, most in limits.items():
+            if most is not None and request.n > most:
+                raise RequestError(
+                    f"n={request.n} sequences wait at once, and {what} is {most}; draw fewer, or raise it."
+                )
 
     def _submit_when_free(self, prompt: Sequence[int], name: str | None, settings: dict[str, Any]) -> RequestHandle:
         while True:
@@ -428,14 +453,18 @@ class Engine:
     def _stop(self) -> None:
         batching, self._batching = self._batching, None
         if batching is not None:
-            batching.stop(hard_stop=True, timeout=self.config.stop_timeout)
+            batching.stop(hard_stop=True)
             batching.destroy()
         if self._admission is not None:
             self._admission.let_go(lambda _: False)
         if self._residency is not None:
             self._residency.close()
 
-    def _crashed(self, error: Exception) -> None:
+    def _give_back(self) -> None:
+        self._stop()
+        self._resources.close()
+
+    def _crashed(self, error: BaseException) -> None:
         """The loop has failed, in its own thread: nobody waits for it any longer."""
         with self._lock:
             if self._state == "closed":
@@ -444,15 +473,18 @@ class Engine:
             again = self._restarts < self.config.restarts
             self._state = "restarting" if again else "dead"
             self._restarts += 1
+            # Known to `close` as soon as the state is. It waits for this thread's end first.
+            if again:
+                self._restarting = threading.Thread(target=self._restart, name="lorakit-restart", daemon=True)
+                try:
+                    self._restarting.start()
+                except RuntimeError:  # the process may have no more threads
+                    self._restarting, self._state, again = None, "dead", False
         # transformers has logged where.
         _log.error("the engine's loop failed (%s); it %s", error, "starts anew" if again else "stays down")
         crash = EngineCrashedError(f"the engine's loop failed: {type(error).__name__}: {error}")
         crash.__cause__ = error
         self._fail_open(crash)
-        if again:
-            restarting = threading.Thread(target=self._restart, name="lorakit-restart", daemon=True)
-            restarting.start()
-            self._restarting = restarting
 
     def _restart(self) -> None:
         """Starts a new loop in the place of one that failed."""
@@ -465,7 +497,8 @@ class Engine:
                 self._state = "ready"
         except Exception as error:  # noqa: BLE001 - whatever keeps it from starting, it is down
             with self._lock:
-                self._state, self._cause = "dead", error
+                if self._state != "closed":
+                    self._state, self._cause = "dead", error
 
     def _fail_open(self, error: BaseException) -> None:
         for handle in list(self._open.values()):

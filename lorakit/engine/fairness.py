@@ -19,6 +19,9 @@ QUANTUM = 1024
 """Tokens of a turn, about a request's: with fewer a request waits for several turns, with more turns are longer."""
 
 
+Room = Callable[[Hashable, Hashable], bool]
+
+
 @dataclass
 class _Tenant:
     """One tenant of the ring.
@@ -78,12 +81,12 @@ class FairQueue:
         self._pop(key)
         return True
 
-    def choose(self, room: Callable[[Hashable], bool] | None = None) -> Hashable | None:
+    def choose(self, room: Room | None = None) -> Hashable | None:
         """Takes out the request whose turn it is, and charges its tenant.
 
         Args:
-            room: tenant → whether one more of its requests may run; those of a tenant without room are passed over,
-                and gather no deficit meanwhile. None: all have.
+            room: tenant and its oldest request → whether that may run; a tenant without room is passed over, and
+                gathers no deficit meanwhile. None: all have.
 
         Returns:
             The request, or None where none may run.
@@ -92,7 +95,7 @@ class FairQueue:
         while passed < len(self._ring):
             tenant, entry = next(iter(self._ring.items()))
             key, cost = next(iter(entry.waiting.items()))
-            if room is not None and not room(tenant):
+            if room is not None and not room(tenant, key):
                 passed += 1
                 self._end_turn(tenant, entry)
                 continue
@@ -125,9 +128,10 @@ class FairQueue:
         entry.in_turn = False
         self._ring.move_to_end(tenant)
 
-    def _skip_turns(self, room: Callable[[Hashable], bool] | None) -> None:
+    def _skip_turns(self, room: Room | None) -> None:
         """After a round in which nobody's deficit sufficed: the rounds that would end so too, all at once."""
-        entries = [entry for tenant, entry in self._ring.items() if room is None or room(tenant)]
+        ring = self._ring.items()
+        entries = [entry for tenant, entry in ring if room is None or room(tenant, next(iter(entry.waiting)))]
         rounds = min(
             math.ceil((next(iter(entry.waiting.values())) - entry.deficit) / (self._quantum * entry.weight))
             for entry in entries

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from lorakit.engine.checks import number, shown, whole, yes_or_no
 from lorakit.errors import RequestError
+from lorakit.runtime.model import Adapter
+from lorakit.runtime.prompts import last_occurrence
 
 _MOST_SEQUENCES = 128
 _MOST_SEED = (1 << 64) - 1
@@ -91,6 +93,33 @@ def token_ids(prompt: object, vocabulary: int) -> tuple[int, ...]:
     if not found:
         raise RequestError("the prompt is empty; give at least one token (the tokenizer's bos_token_id).")
     return found
+
+
+def check_added(prompt: tuple[int, ...], vocabulary: int, adapter: Adapter) -> None:
+    """Refuses tokens that the base does not have where the adapter does not act, or has none such either.
+
+    Args:
+        prompt: ids, not negative.
+        vocabulary: the base's; its ids are below it.
+        adapter: whose request it is.
+
+    Raises:
+        RequestError: there are some.
+    """
+    if max(prompt) < vocabulary:
+        return
+    start = 0 if adapter.invocation is None else last_occurrence(adapter.invocation, prompt)
+    for place, token in enumerate(prompt):
+        if token >= vocabulary + adapter.added:
+            raise RequestError(
+                f"the prompt holds the token {token} at {place}, but with adapter {adapter.name!r} ids are 0 to "
+                f"{vocabulary + adapter.added - 1}; was it replaced under its name?"
+            )
+        if token >= vocabulary and (start is None or place < start):
+            raise RequestError(
+                f"the prompt holds the token {token} at {place}, which adapter {adapter.name!r} adds, but the adapter "
+                "acts from its invocation tokens on; put these before it."
+            )
 
 
 def stop_tokens(stop: object, vocabulary: int) -> frozenset[int]:

@@ -75,7 +75,7 @@ def test_a_tenant_without_room_is_passed_over_and_gathers_nothing():
     for i in range(6):
         queue.add(f"a{i}", "a", 100)
         queue.add(f"b{i}", "b", 100)
-    assert chosen(queue, room=lambda tenant: tenant == "b") == [f"b{i}" for i in range(6)]
+    assert chosen(queue, room=lambda tenant, _: tenant == "b") == [f"b{i}" for i in range(6)]
     for i in range(6):
         queue.add(f"c{i}", "c", 100)
     assert chosen(queue, 4) in (["a0", "c0", "a1", "c1"], ["c0", "a0", "c1", "a1"])
