@@ -70,6 +70,10 @@ class EngineConfig:
                 self._set(name, whole(ConfigError, f"{_named(name)} (None: chosen)", getattr(self, name), least))
         for name, (fits, limits) in _SECONDS.items():
             self._set(name, number(ConfigError, _named(name), getattr(self, name), fits, limits))
+        if self.cuda_graphs is not None:
+            named = f"{_named('cuda_graphs')} (None: chosen)"
+            self._set("cuda_graphs", yes_or_no(ConfigError, named, self.cuda_graphs))
+        self._set("compile_level", whole(ConfigError, _named("compile_level"), self.compile_level, 0, 3))
         self._set("prefix_cache", yes_or_no(ConfigError, _named("prefix_cache"), self.prefix_cache))
         self._set("tenants", self._policies())
         if not isinstance(self.default_tenant, TenantPolicy):

@@ -24,6 +24,8 @@ WHOLE = {
 MAY_BE_NONE = {"max_requests", "max_batch_tokens", "cache_memory", "page_size"}
 BAD = {
     **{name: [least - 1, -1, 1.5, True, "8", math.nan, [8]] for name, least in WHOLE.items()},
+    "cuda_graphs": [1, 0, "no"],
+    "compile_level": [-1, 4, 1.5, True, None, "1"],
     "prefix_cache": [1, 0, None, "no"],
     "patience": [-1, math.nan, math.inf, None, "1", True],
     "stop_timeout": [0, -1, math.nan, math.inf, 1e300, None, "1", True],
