@@ -25,7 +25,7 @@ from lorakit.engine.config import EngineConfig
 from lorakit.engine.engine import Engine
 from lorakit.runtime.model import MultiLoraModel
 
-TENANTS, EACH, RANK, NEW_TOKENS, ROUNDS, THREADS = 8, 2, 16, 24, 3, 2
+TENANTS, EACH, RANK, NEW_TOKENS, ROUNDS, THREADS = 8, 1, 16, 16, 3, 2
 PROMPTS = (16, 48)
 """Tokens of a prompt, from and to."""
 SYSTEM = "lorakit's engine"
