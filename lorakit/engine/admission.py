@@ -25,7 +25,6 @@ from lorakit.runtime.pool import Slot
 LOOKAHEAD = 8
 """Jobs chosen beyond those that may join now: their adapters are read ahead."""
 
-
 _MOST_STALLED = 64
 """Jobs whose adapters are awaited at the same time: each is looked at in every step."""
 

@@ -218,7 +218,7 @@ class Scheduler(FIFOScheduler):
 
 
 class Rows:
-    """Each row's settings and each token's slot, where transformers has its processors of logits.
+    """Each row's settings, where transformers has its processors of logits.
 
     Attributes:
         is_sampled: whether some row of the batch that was prepared last is not greedy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 import time
 from functools import cache
@@ -20,6 +21,11 @@ ALORA = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUS
 INVOCATION = [5, 6]
 PROMPT = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22)
 SMALL = EngineConfig(max_requests=6, max_batch_tokens=24, page_size=4, stop_timeout=10.0)
+
+
+def config(**changes: Any) -> EngineConfig:
+    """`SMALL`, with some settings changed."""
+    return dataclasses.replace(SMALL, **changes)
 
 
 class Asked(NamedTuple):

@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from served import (
     Asked,
     alone,
     at_rest,
+    config,
     double,
     family,
     model_of,
@@ -27,7 +27,6 @@ from served import (
 
 import lorakit
 from lorakit import Engine, MultiLoraModel
-from lorakit.engine.config import EngineConfig
 from lorakit.engine.tenants import TenantPolicy
 from lorakit.errors import (
     AdapterIdsError,
@@ -44,10 +43,6 @@ from lorakit.errors import (
 )
 from lorakit.runtime import ops
 from lorakit.runtime.standing import StandingRouting
-
-
-def config(**changes) -> EngineConfig:
-    return dataclasses.replace(SMALL, **changes)
 
 
 @pytest.fixture(scope="module")

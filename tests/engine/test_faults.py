@@ -1,7 +1,6 @@
 """What users, files and threads can do to an engine: it ends every request, and nobody else's is touched."""
 
 import copy
-import dataclasses
 import itertools
 import random
 import sys
@@ -21,6 +20,7 @@ from served import (
     Asked,
     alone,
     at_rest,
+    config,
     double,
     family,
     model_of,
@@ -31,7 +31,6 @@ from served import (
 import lorakit
 from lorakit import Engine, MultiLoraModel
 from lorakit.engine.batching import blocks_in
-from lorakit.engine.config import EngineConfig
 from lorakit.engine.tenants import TenantPolicy
 from lorakit.errors import (
     AdapterNotFoundError,
@@ -42,10 +41,6 @@ from lorakit.errors import (
     LorakitError,
     RequestError,
 )
-
-
-def config(**changes) -> EngineConfig:
-    return dataclasses.replace(SMALL, **changes)
 
 
 def cache_of(blocks: int, model) -> int:
