@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ from transformers.utils.generic import is_flash_attention_requested
 class State(RequestState):
     """A request as transformers sees it, with its job."""
 
-    job: Job | None = None
+    job: Job = field(kw_only=True)
 
     @classmethod
     def of(cls, job: Job) -> State:
@@ -91,7 +91,6 @@ class State(RequestState):
 
     def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
         """Gives the token to the job, which knows of more ends than transformers does."""
-        assert self.job is not None
         finished = super().update_and_check_completion(token_id, logprob)
         if self.job.take(token_id, logprob) and not finished:
             self.status = RequestStatus.FINISHED
@@ -140,7 +139,7 @@ class Cache(PagedAttentionCache):
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
         """Lets others find the blocks that a request has filled."""
-        assert isinstance(state, State) and state.job is not None
+        assert isinstance(state, State)
         if not self.use_prefix_sharing or not complete_blocks:
             return
         tokens = self._salted(state.initial_tokens + state.generated_tokens, state.job)
@@ -169,7 +168,7 @@ class Scheduler(FIFOScheduler):
 
     def add_waiting_request(self, state: RequestState) -> None:
         """Takes a request that is new, or that had to leave the batch."""
-        assert isinstance(state, State) and state.job is not None
+        assert isinstance(state, State)
         if state.job.over:
             self.admission.forget(state.job)
             return
@@ -187,7 +186,7 @@ class Scheduler(FIFOScheduler):
             # Set when running requests filled the cache, until one of them ends; transformers forgets this way to end.
             self.block_new_requests = False
         for state in cancelled:
-            assert isinstance(state, State) and state.job is not None
+            assert isinstance(state, State)
             # Its batch may still run: what comes of it is not looked at.
             state._status = RequestStatus.FINISHED
             self.admission.forget(state.job)
@@ -242,8 +241,10 @@ class Rows:
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: torch.Tensor) -> None:
         """Writes the settings of the rows that get a new token."""
         rows = [future.state for future in requests_in_batch if future.has_new_token]
-        self.is_sampled = any(state.job.request.temperature for state in rows)
-        self.has_logprobs = any(state.job.request.logprobs for state in rows)
+        # transformers' own requests, to warm up, have no job.
+        requests = [state.job.request for state in rows if isinstance(state, State)]
+        self.is_sampled = any(request.temperature for request in requests)
+        self.has_logprobs = any(request.logprobs for request in requests)
         if self.is_sampled:
             # The position was advanced already: the new token's place after the prompt.
             settings = [state.job.settings(state.position_offset - state.prompt_length) for state in rows]
@@ -298,6 +299,7 @@ class Runner(ModelRunner):
         forward, graph = super()._get_forward_fn(use_block_table)
         return forward, graph
 
+    @torch.no_grad()
     def warm_up(self, model: nn.Module) -> None:
         """Captures graphs for the adapters that the model serves now, beside those without any."""
         self.warmup(model)
@@ -378,10 +380,10 @@ class Runner(ModelRunner):
 
 def _slots(future: FutureRequestState) -> Iterator[Any]:
     """The slot of each of a request's tokens in a batch that was prepared."""
-    job, end = future.state.job, future.state.position_offset
-    if job is None:  # transformers' own, to warm up
+    state, end = future.state, future.state.position_offset
+    if not isinstance(state, State):  # transformers' own, to warm up
         return iter([None] * future.query_length)
-    return (job.slot_at(position) for position in range(end - future.query_length, end))
+    return (state.job.slot_at(position) for position in range(end - future.query_length, end))
 
 
 class Router(OutputRouter):
@@ -395,7 +397,7 @@ class Router(OutputRouter):
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
         """Tells a job of an error."""
-        assert isinstance(state, State) and state.job is not None
+        assert isinstance(state, State)
         state.status = RequestStatus.FAILED
         state.job.fail(error)
 

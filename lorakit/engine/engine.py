@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
@@ -441,6 +442,9 @@ class Engine:
             max_requests_per_batch=max_requests,
             allow_block_sharing=config.prefix_cache,
             use_cuda_graph=config.cuda_graphs if cuda else False,
+            # transformers looks for a GPU in the machine, and the model may be elsewhere.
+            use_async_batching=None if cuda else False,
+            auto_switch_to_flash=cuda and base.dtype in (torch.float16, torch.bfloat16),
             default_compile_level=config.compile_level,
             return_logprobs=True,
         )

@@ -120,7 +120,14 @@ def processor():
     manager = api.ContinuousBatchingManager(
         model,
         GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
-        ContinuousBatchingConfig(page_size=4, num_blocks=16, max_batch_tokens=8, max_requests_per_batch=4),
+        ContinuousBatchingConfig(
+            page_size=4,
+            num_blocks=16,
+            max_batch_tokens=8,
+            max_requests_per_batch=4,
+            use_async_batching=False,
+            auto_switch_to_flash=False,
+        ),
     )
     manager.logit_processor = batching.Rows()
     return manager, manager._create_batch_processor()

@@ -27,6 +27,7 @@ from served import (
 
 import lorakit
 from lorakit import Engine, MultiLoraModel
+from lorakit.engine.batching import Runner
 from lorakit.engine.tenants import TenantPolicy
 from lorakit.errors import (
     AdapterIdsError,
@@ -70,8 +71,19 @@ def test_each_request_of_a_mix_gives_what_it_gives_alone(name):
     assert [alone(model, one) for one in asked[:2]] == expected[:2]
 
 
+def test_what_transformers_makes_up_to_warm_up_runs(monkeypatch, caplog):
+    @torch.no_grad()
+    def warm_up(runner, base):
+        runner.run_one_warmup(base, num_q_tokens=4, max_kv_read=0)
+
+    monkeypatch.setattr(Runner, "warm_up", warm_up)
+    with Engine(model_of(), SMALL):
+        assert "Failed to warm up" not in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU, and this model is on the CPU")
 def test_with_kernels_too(monkeypatch):
-    """In Triton's interpreter where there is no GPU: an adapter a token, in prompts and in decoding."""
+    """In Triton's interpreter: an adapter a token, in prompts and in decoding."""
     monkeypatch.setattr(ops, "has_kernels", lambda *_: True)
     model = MultiLoraModel(copy.deepcopy(family()[0]))
     for name, tenant in family()[1].items():
