@@ -65,6 +65,8 @@ from transformers.generation.continuous_batching.utils import (
 )
 from transformers.utils.generic import is_flash_attention_requested
 
+from lorakit.engine.attention import cached_rows
+
 
 @dataclass(eq=False, repr=False)
 class State(RequestState):
@@ -267,6 +269,12 @@ class Runner(ModelRunner):
         self.model, self.admission = model, admission
         self.warming: Standing | None = None
         self._can_replay = True
+        # The base alone is compiled: transformers would compile it anew for each way of drawing tokens.
+        self._bases = [
+            torch.compile(_forward, **config.to_dict()) if config is not None else _forward
+            for config in (self.cb_config.varlen_compile_config, self.cb_config.decode_compile_config)
+        ]
+        self._compiled_varlen = self._compiled_decode = None
         self._graphs: dict[tuple[Mode | None, int, bool, bool], CudaGraphBuffer] = {}
         self._version: tuple[int, int, int] | None = None
 
@@ -366,7 +374,9 @@ class Runner(ModelRunner):
         output_ids: torch.Tensor,
     ) -> None:
         self.inputs_and_outputs.carry_over_tokens(batch_data["input_ids"], carry_over_ids, prev_output_ids)
-        logits = model(**batch_data).logits
+        cached = cached_rows(batch_data)
+        inputs = batch_data if cached is None else {**batch_data, "cached_rows": cached}
+        logits = self._bases[cached is not None](model, inputs)
         if "logits_to_keep" not in batch_data:
             logits = logits[:, batch_data["logits_indices"], :]
         logits = logits[0].float()
@@ -376,6 +386,11 @@ class Runner(ModelRunner):
         if rows.has_logprobs:
             # Bits of fp32, as transformers keeps them.
             output_ids[1, : len(tokens)].copy_(sampling.logprobs_of(logits, tokens).view(torch.int32))
+
+
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    logits: torch.Tensor = model(**inputs).logits
+    return logits
 
 
 def _slots(future: FutureRequestState) -> Iterator[Any]:

@@ -64,6 +64,9 @@ from lorakit.runtime.vocabulary import AddedTokens, LogitsMask, check_ids
 AdapterIds: TypeAlias = str | Sequence[str | None] | None
 AloraOffsets: TypeAlias = Sequence[int | None] | None
 
+_FEWEST_SLOTS = 64
+"""Slots that a standing batch's table has room for at least, as adapters may come."""
+
 # Where a batch's rows are counted, in this order; whatever else is a tensor comes after.
 _ROW_INPUTS = ("input_ids", "inputs", "inputs_embeds", "encoder_outputs", "decoder_input_ids", "attention_mask")
 
@@ -455,6 +458,8 @@ class MultiLoraModel(nn.Module):
         modules = [self._adapted[path] for path in self._stood]
         if not all(module.device == self._pool.device and module.aligned for module in modules):
             return None
+        # A table that grew would be another one, and graphs that were captured of no use.
+        self._table.reserve(max(_FEWEST_SLOTS, len(self.adapters)), mode.dtypes, sorted(self._stood))
         make = partial(StandingRouting, mode=mode, tokens=tokens, segments=segments, device=self.device)
         heads = self._stood & {self._base.output}
         body = make(sorted(self._stood - heads), self._table, self._finder)

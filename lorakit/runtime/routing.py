@@ -112,12 +112,14 @@ class Routing:
     def _widened(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return self.added.widen(module, y, x) if module.path in self.added and not module.embedding else y
 
+    def _plan_of(self, tokens: int) -> tuple[torch.Tensor, int]:
+        """The plan of so many tokens, and the most segments that it has; 0: as many as rows."""
+        return self._plan, self._segments
+
     def _look_up(self, module: AdaptedModule, ids: torch.Tensor) -> list[torch.Tensor]:
-        column = self._columns[module.path]
-        return [
-            ops.lookup(ids.reshape(-1), table, self._plan, column, self._max_rank, dtype)
-            for dtype, table in self._tables
-        ]
+        column, tokens = self._columns[module.path], ids.reshape(-1)
+        plan, _ = self._plan_of(len(tokens))
+        return [ops.lookup(tokens, table, plan, column, self._max_rank, dtype) for dtype, table in self._tables]
 
     def _nothing(self, y: torch.Tensor) -> torch.Tensor:
         """Sums that nobody reads: a norm has no factors."""
@@ -140,9 +142,9 @@ class Routing:
     def _shrink(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
         columns = [self._columns[module.path] for module in modules]
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
+        plan, segments = self._plan_of(len(tokens))
         return [
-            ops.shrink(tokens, table, self._plan, columns, self._max_rank, dtype, self._segments)
-            for dtype, table in self._tables
+            ops.shrink(tokens, table, plan, columns, self._max_rank, dtype, segments) for dtype, table in self._tables
         ]
 
     def _expand(
@@ -150,19 +152,21 @@ class Routing:
     ) -> None:
         columns = [self._columns[module.path] for module in modules]
         tokens = [y.view(-1, y.shape[-1]) for y in ys]
+        plan, segments = self._plan_of(len(tokens[0]))
         for h, (dtype, table) in zip(sums, self._tables, strict=True):
             if len({y.dtype for y in ys}) == 1:
-                ops.expand_(tokens, h, table, self._plan, columns, dtype, self._segments)
+                ops.expand_(tokens, h, table, plan, columns, dtype, segments)
                 continue
             for i, y in enumerate(tokens):  # a launch writes one dtype
-                ops.expand_([y], h[i : i + 1], table, self._plan, columns[i : i + 1], dtype, self._segments)
+                ops.expand_([y], h[i : i + 1], table, plan, columns[i : i + 1], dtype, segments)
 
     def _replace(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> None:
         if module.path in self._whole:
             column = self._columns[module.path]
             given = x.reshape(-1) if module.embedding else x.reshape(-1, x.shape[-1]).contiguous()
+            plan, segments = self._plan_of(len(given))
             for dtype, table in self._tables:
-                ops.replace_(y.view(-1, y.shape[-1]), given, table, self._plan, column, dtype, self._segments)
+                ops.replace_(y.view(-1, y.shape[-1]), given, table, plan, column, dtype, segments)
 
 
 def tiled(rank: int) -> int:

@@ -99,10 +99,12 @@ class StandingRouting(Routing):
         plan = ops.plan(torch.tensor([-1 if slot is None else slot.index for slot in slots]))
         if self._plans.is_cuda:
             plan = plan.pin_memory()
-        self._plan = self._plans[: len(slots)]
-        self._plan.copy_(plan, non_blocking=True)
-        self._segments = min(len(slots), self._most)
+        self._plans[: len(slots)].copy_(plan, non_blocking=True)
         self._tables = tuple((dtype, self._table.tensor(dtype)) for dtype in self._dtypes)
+
+    def _plan_of(self, tokens: int) -> tuple[torch.Tensor, int]:
+        # Of the size that is asked for, not one that is kept: by that a compiler would know each size apart.
+        return self._plans[:tokens], min(tokens, self._most)
 
     def write(self, modules: Collection[AdaptedModule | AdaptedParameter]) -> None:
         """Finds the modules' columns; the table's rows are `set`'s."""

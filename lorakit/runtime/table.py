@@ -6,7 +6,7 @@ its layout alone. Knows slots and modules' paths; no batch and no request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy
 import torch
@@ -53,6 +53,13 @@ class AddressTable:
             for dtype in self._tensors:
                 self._make_room(0, dtype)
         return self._columns[path]
+
+    def reserve(self, slots: int, dtypes: Iterable[torch.dtype], paths: Iterable[str]) -> None:
+        """Makes room for so many slots of each dtype, and for modules, so that no tensor is replaced until then."""
+        for path in paths:
+            self.column(path)
+        for dtype in dtypes:
+            self._make_room(slots, dtype)
 
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """(slots, modules, 8) int64: the entries of the slots of this dtype. It may be another one after a `write`."""
