@@ -254,7 +254,12 @@ class Rows:
 
 
 class Runner(ModelRunner):
-    """Runs the base with every token's adapter, and draws every row by its own settings."""
+    """Runs the base with every token's adapter, and draws every row by its own settings.
+
+    Attributes:
+        steps: the forwards that were run.
+        segments: how many adapters they had, the base being one, summed.
+    """
 
     def __init__(self, *args: Any, model: MultiLoraModel, admission: Admission, **kwargs: Any) -> None:
         """Has captured nothing yet.
@@ -267,6 +272,7 @@ class Runner(ModelRunner):
         """
         super().__init__(*args, **kwargs)
         self.model, self.admission = model, admission
+        self.steps = self.segments = 0
         self.warming: Standing | None = None
         self._can_replay = True
         # The base alone is compiled: transformers would compile it anew for each way of drawing tokens.
@@ -282,6 +288,8 @@ class Runner(ModelRunner):
         """Runs a batch that was prepared."""
         tokens = batch_data["input_ids"].shape[1]
         slots = [slot for future in self._futures() for slot in _slots(future)]
+        self.steps += 1
+        self.segments += len(set(slots))
         slots += [None] * (tokens - len(slots))  # padding
         kept = self._kept(batch_data["logits_indices"].shape[0]) if self.supports_logits_to_keep(model) else None
         with self._stream():
@@ -311,15 +319,15 @@ class Runner(ModelRunner):
     def warm_up(self, model: nn.Module) -> None:
         """Captures graphs for the adapters that the model serves now, beside those without any."""
         self.warmup(model)
-        if not (self.use_cuda_graph_varlen or self.use_cuda_graph_decode):
-            return
-        for standing in self.model.standings(**self._most()):
-            self.warming = standing
-            try:
-                self.run_one_warmup(model, num_q_tokens=1, max_kv_read=None)  # shows who are siblings
-                self.warmup(model)
-            finally:
-                self.warming = None
+        if self.use_cuda_graph_varlen or self.use_cuda_graph_decode:
+            for standing in self.model.standings(**self._most()):
+                self.warming = standing
+                try:
+                    self.run_one_warmup(model, num_q_tokens=1, max_kv_read=None)  # shows who are siblings
+                    self.warmup(model)
+                finally:
+                    self.warming = None
+        self.steps = self.segments = 0
 
     def _most(self) -> dict[str, int]:
         return {"tokens": self.cache.max_batch_tokens, "segments": self.cb_config.max_requests_per_batch}
@@ -528,6 +536,16 @@ class Batching(ContinuousBatchingManager):
         self.warmed_up = True
         # While it is empty: later this would be what is left.
         self.capacity = infer_max_single_request_tokens(processor.cache)
+
+    @property
+    def steps(self) -> int:
+        """The forwards that were run."""
+        return 0 if self.batch_processor is None else self.batch_processor.model_runner.steps
+
+    @property
+    def segments(self) -> int:
+        """How many adapters these had, the base being one, summed."""
+        return 0 if self.batch_processor is None else self.batch_processor.model_runner.segments
 
     @property
     def free_share(self) -> float:

@@ -65,6 +65,9 @@ class EngineStats:
         resident: adapters on the device.
         adapter_bytes: bytes that they take.
         cache_free: the share of the key-value cache that is free or can be at once.
+        steps: forwards since the loop began, or began anew.
+        segments: adapters that act in each of them, the base being one, summed: segments / steps is how mixed batches
+            are.
     """
 
     state: EngineState
@@ -73,6 +76,8 @@ class EngineStats:
     resident: int
     adapter_bytes: int
     cache_free: float
+    steps: int
+    segments: int
 
 
 class Engine:
@@ -323,6 +328,8 @@ class Engine:
             resident=resident,
             adapter_bytes=nbytes,
             cache_free=1.0 if batching is None or self._state != "ready" else batching.free_share,
+            steps=0 if batching is None else batching.steps,
+            segments=0 if batching is None else batching.segments,
         )
 
     def _queue(self, request: Request) -> RequestHandle:

@@ -99,6 +99,19 @@ def test_with_kernels_too(monkeypatch):
         assert len(made) <= 2, "the same batch serves every mix"
 
 
+def test_stats_tell_how_mixed_batches_are(model):
+    prompts = [[11, 12, 13]] * 3
+    with Engine(model, SMALL) as engine:
+        engine.generate(prompts, max_new_tokens=5, progress=False)
+        stats = engine.stats()
+        assert stats.steps >= 5 and stats.segments == stats.steps
+        engine.generate(prompts, ["lora", "dora", None], max_new_tokens=5, progress=False)
+        more = engine.stats()
+        assert more.segments - stats.segments > 2 * (more.steps - stats.steps) > 0
+        engine.generate(prompts, "lora", max_new_tokens=5, progress=False)
+        assert engine.stats().segments - more.segments == engine.stats().steps - more.steps
+
+
 def test_requests_that_must_leave_the_batch_give_the_same(model):
     """A cache of few blocks: running requests are thrown out, and begin again with what they have."""
     asked = [Asked(one.prompt, one.adapter, 20) for one in requests(20, [None, *family()[1]], seed=1)]

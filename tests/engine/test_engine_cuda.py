@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from served import alone, config, family, requests, served
+import served as small
+from served import alone, family, requests, served
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from lorakit import Engine, MultiLoraModel
@@ -15,6 +16,11 @@ pytestmark = pytest.mark.gpu
 
 GRAPHS = {"cuda_graphs": True}
 SETTINGS = [{}, GRAPHS, {"compile_level": 1}, {**GRAPHS, "compile_level": 1}]
+
+
+def config(**changes):
+    """Of a small cache: others may use the GPU."""
+    return small.config(cache_memory=1 << 26, **changes)
 
 
 def model_on_gpu(dtype=torch.float32, **options):
