@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lorakit.bench import adapter_load, bank_open, cpu_decode, cpu_engine, engine_step, export
+from lorakit.bench import adapter_load, bank_open, cpu_decode, cpu_engine, engine_step, engine_workloads, export
 
 BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "cpu-decode": cpu_decode.run,
@@ -13,5 +13,6 @@ BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "bank-open": bank_open.run,
     "adapter-load": adapter_load.run,
     "engine-step": engine_step.run,
+    "engine-workloads": engine_workloads.run,
     "export": export.run,
 }

@@ -58,6 +58,10 @@ class Setting(NamedTuple):
     levels: Sequence[int] = (0, 1)
     runs: int = 3
 
+    def as_json(self) -> dict[str, Any]:
+        """What a result is saved with."""
+        return {**self._asdict(), "dtype": str(self.dtype)}
+
 
 LLAMA_2_7B = {
     "hidden_size": 4096,
@@ -82,7 +86,7 @@ def run(folder: Path) -> None:
         return
     setting = Setting(LLAMA_2_7B)
     results = measure(setting, torch.device("cuda"))
-    path = save("engine_step", folder, {**setting._asdict(), "dtype": str(setting.dtype)}, results)
+    path = save("engine_step", folder, setting.as_json(), results)
     rows = [
         [name, *(f"{found['step_ms'][key]:.2f}" for key in ("min", "median", "max"))] for name, found in results.items()
     ]
@@ -93,19 +97,24 @@ def measure(setting: Setting, device: torch.device) -> dict[str, Any]:
     """Name of what was measured → its step's statistics, in milliseconds."""
     # A layer of a model is an entry: the default of 8 leaves most layers out.
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
-    with torch.device(device):
-        base = LlamaForCausalLM._from_config(
-            LlamaConfig(**setting.shape), attn_implementation=setting.attention, dtype=setting.dtype
-        ).eval()
+    base = base_of(setting, device)
     most = max(setting.batches)
     found = {}
     with tempfile.TemporaryDirectory(prefix="lorakit-bench-") as place:
-        bank = _bank(base, Path(place) / "bank", most, setting)
+        bank = random_bank(base, Path(place) / "bank", most, setting)
         for level in setting.levels:
             for batch in setting.batches:
                 for name, steps in _systems(base, bank, batch, level, setting):
                     found[f"{name}, batch {batch}, compile level {level}"] = {"step_ms": statistics_of(steps)}
     return found
+
+
+def base_of(setting: Setting, device: torch.device) -> PreTrainedModel:
+    """A base of random weights."""
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(
+            LlamaConfig(**setting.shape), attn_implementation=setting.attention, dtype=setting.dtype
+        ).eval()
 
 
 def _systems(
@@ -189,7 +198,7 @@ def _cache(setting: Setting, batch: int) -> int:
     return 4 * batch * 256 * token
 
 
-def _bank(base: PreTrainedModel, folder: Path, adapters: int, setting: Setting) -> AdapterBank:
+def random_bank(base: PreTrainedModel, folder: Path, adapters: int, setting: Setting) -> AdapterBank:
     """Adapters of random weights on all linear layers."""
     facts = BaseModel.of(base)
 

@@ -40,8 +40,8 @@ def paged_attention(
     """Appends a token to each row's cache, and attends to all of it.
 
     Args:
-        query: (1, heads, n, head size), a token of each row.
-        key: (1, key-value heads, n, head size), its key.
+        query: (n, heads, head size), a token of each row; contiguous, as `key` and `value`.
+        key: (n, key-value heads, head size), its key.
         value: as `key`.
         keys: (blocks, tokens of a block, key-value heads, head size), the cache of a layer.
         values: as `keys`.
@@ -51,26 +51,25 @@ def paged_attention(
         implementation: "flash_attention_2" or "flash_attention_3".
 
     Returns:
-        (1, n, heads, head size), contiguous.
+        (n, heads, head size), contiguous.
     """
     (_, _, flash, _, _), (_, arguments) = lazy_import_flash_attention(implementation)
-    rows = [one.transpose(1, 2).reshape(-1, 1, one.shape[1], one.shape[3]) for one in (query, key, value)]
     named = arguments(
-        query_length=query.shape[2],
-        key_length=key.shape[2],
+        query_length=1,
+        key_length=1,
         is_causal=True,
         softmax_scale=scale,
         block_table=table,
         cache_seqlens=lengths,
     )
-    out = flash(rows[0], keys, values, *rows[1:], **named)
+    out = flash(query.unsqueeze(1), keys, values, key.unsqueeze(1), value.unsqueeze(1), **named)
     out = out[0] if isinstance(out, tuple) else out
-    return out.view(1, -1, *out.shape[-2:])
+    return cast(torch.Tensor, out.view(query.shape))
 
 
 @paged_attention.register_fake
 def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
-    return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    return torch.empty_like(query)
 
 
 class CachedRows(NamedTuple):
@@ -122,7 +121,9 @@ def _with_operator(attention: Attention, implementation: str) -> Attention:
         keys, values = allocator.get_cache_for_block_table(layer)
         scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         rows = cached_rows[allocator.layer_type]
-        return paged_attention(query, key, value, keys, values, *rows, scale, implementation), None
+        # (1, heads, n, size) → (n, heads, size): already so where it is not compiled, and a compiler writes it so.
+        given = [one[0].transpose(0, 1).contiguous() for one in (query, key, value)]
+        return paged_attention(*given, keys, values, *rows, scale, implementation).unsqueeze(0), None
 
     return attend
 

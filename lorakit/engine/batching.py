@@ -14,9 +14,10 @@ transformers' own. `tests/engine/test_contract.py` fails first when one of these
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -329,6 +330,10 @@ class Runner(ModelRunner):
                     self.warming = None
         self.steps = self.segments = 0
 
+    def _capture_graph(self, *args: Any) -> None:
+        with _no_collection():
+            super()._capture_graph(*args)
+
     def _most(self) -> dict[str, int]:
         return {"tokens": self.cache.max_batch_tokens, "segments": self.cb_config.max_requests_per_batch}
 
@@ -394,6 +399,18 @@ class Runner(ModelRunner):
         if rows.has_logprobs:
             # Bits of fp32, as transformers keeps them.
             output_ids[1, : len(tokens)].copy_(sampling.logprobs_of(logits, tokens).view(torch.int32))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector rests: graphs of an engine that was closed must not be freed while one is captured."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _forward(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -11,16 +11,18 @@ here. Knows token ids; no text and no HTTP.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -48,6 +50,8 @@ from lorakit.errors import (
 from lorakit.runtime.model import MultiLoraModel
 
 EngineState = Literal["new", "ready", "restarting", "dead", "closed"]
+
+_T = TypeVar("_T")
 
 _CPU_CACHE = 1 << 30
 _NEW_TOKENS = 256
@@ -235,41 +239,22 @@ class Engine:
             EngineBusyError: too much waits; with the seconds after which to try again.
             EngineStoppedError, EngineCrashedError: the engine does not run.
         """
-        batching = self._running()
-        if adapter_id is not None and not isinstance(adapter_id, str):
-            raise names.not_found(adapter_id, self.model.adapters, "the model")
-        adapter = None if adapter_id is None else self.model.adapter(adapter_id)
-        base_vocabulary = self.model.config.get_text_config().vocab_size
-        vocabulary = base_vocabulary + (0 if adapter is None else adapter.added)
-        texts = stop_strings(stop)
-        if texts and self._decode is None:
-            raise ConfigError("stop strings need text: make the engine with decode=tokenizer.decode.")
-        ids = token_ids(prompt, vocabulary)
-        if adapter is not None:
-            check_added(ids, base_vocabulary, adapter)
-        what, room = self._room(batching)
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(_NEW_TOKENS, room - len(ids)))
-        request = Request(
-            prompt=ids,
-            adapter=adapter_id,
+        request = self._request(
+            prompt,
+            adapter_id,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            seed=random.getrandbits(63) if seed is None else seed,
-            stop_token_ids=stop_tokens(stop_token_ids, vocabulary) | (set() if ignore_eos else self._eos()),
-            stop_strings=texts,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
             logprobs=logprobs,
             n=n,
             deadline=deadline,
-            tenant=tenant if tenant is not None else adapter_id or "",
+            tenant=tenant,
         )
-        if len(ids) + max_new_tokens > room:
-            raise RequestError(
-                f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} are {len(ids) + max_new_tokens}, "
-                f"and {what} {room}; shorten one of them."
-            )
         return self._queue(request)
 
     def generate(
@@ -280,7 +265,7 @@ class Engine:
         progress: bool = True,
         **settings: Any,
     ) -> list[Completion]:
-        """Serves many prompts, and waits for all.
+        """Serves many prompts, and waits for all. Every one is checked before the first is queued.
 
         Args:
             prompts: token ids of each.
@@ -301,11 +286,16 @@ class Engine:
         ids = list(adapter_ids)
         if len(ids) != len(prompts):
             raise AdapterIdsError(f"adapter_ids has {len(ids)} entries for {len(prompts)} prompts; give one a prompt.")
+        settings = {**_DEFAULTS, **settings}
+        requests = [
+            self._when_free(partial(self._request, prompt, name, **settings))
+            for prompt, name in zip(prompts, ids, strict=True)
+        ]
         handles: list[RequestHandle] = []
         try:
             with tqdm(total=len(prompts), disable=not progress, unit="request") as bar:
-                for prompt, name in zip(prompts, ids, strict=True):
-                    handles.append(self._submit_when_free(prompt, name, settings))
+                for request in requests:
+                    handles.append(self._when_free(partial(self._queue, request)))
                 found = []
                 for handle in handles:
                     found += handle.results()
@@ -331,6 +321,52 @@ class Engine:
             steps=0 if batching is None else batching.steps,
             segments=0 if batching is None else batching.segments,
         )
+
+    def _request(
+        self,
+        prompt: Sequence[int],
+        adapter_id: str | None,
+        *,
+        max_new_tokens: int | None,
+        seed: int | None,
+        stop: str | Iterable[str] | None,
+        stop_token_ids: int | Iterable[int] | None,
+        ignore_eos: bool,
+        tenant: str | None,
+        **plain: Any,
+    ) -> Request:
+        """A request as `submit` takes it, checked against the model and the cache."""
+        batching = self._running()
+        if adapter_id is not None and not isinstance(adapter_id, str):
+            raise names.not_found(adapter_id, self.model.adapters, "the model")
+        adapter = None if adapter_id is None else self.model.adapter(adapter_id)
+        base_vocabulary = self.model.config.get_text_config().vocab_size
+        vocabulary = base_vocabulary + (0 if adapter is None else adapter.added)
+        texts = stop_strings(stop)
+        if texts and self._decode is None:
+            raise ConfigError("stop strings need text: make the engine with decode=tokenizer.decode.")
+        ids = token_ids(prompt, vocabulary)
+        if adapter is not None:
+            check_added(ids, base_vocabulary, adapter)
+        what, room = self._room(batching)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(_NEW_TOKENS, room - len(ids)))
+        request = Request(
+            prompt=ids,
+            adapter=adapter_id,
+            max_new_tokens=max_new_tokens,
+            seed=random.getrandbits(63) if seed is None else seed,
+            stop_token_ids=stop_tokens(stop_token_ids, vocabulary) | (set() if ignore_eos else self._eos()),
+            stop_strings=texts,
+            tenant=tenant if tenant is not None else adapter_id or "",
+            **plain,
+        )
+        if len(ids) + max_new_tokens > room:
+            raise RequestError(
+                f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} are {len(ids) + max_new_tokens}, "
+                f"and {what} {room}; shorten one of them."
+            )
+        return request
 
     def _queue(self, request: Request) -> RequestHandle:
         self._check_may_ever_wait(request)
@@ -364,10 +400,10 @@ class Engine:
                     f"n={request.n} sequences wait at once, and {what} is {most}; draw fewer, or raise it."
                 )
 
-    def _submit_when_free(self, prompt: Sequence[int], name: str | None, settings: dict[str, Any]) -> RequestHandle:
+    def _when_free(self, call: Callable[[], _T]) -> _T:
         while True:
             try:
-                return self.submit(prompt, name, **settings)
+                return call()
             except EngineBusyError:
                 time.sleep(0.05)
 
@@ -539,3 +575,11 @@ class _Rate:
         """After how long so many places should be free: a second at least, a minute at most."""
         with self._lock:
             return min(60.0, max(1.0, sequences / self._per_second if self._per_second else 1.0))
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Engine.submit).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+}
+"""What `submit` takes if it is not told."""

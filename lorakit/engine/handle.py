@@ -46,7 +46,7 @@ class Completion:
         logprobs: of each token, if they were asked for.
         finish_reason: "stop" for a stop token or string, "length" for the limit of new tokens, "cancelled".
         stop: the stop token or string that ended it.
-        time_to_first_token: seconds from its submission; None if there is no token.
+        times: seconds from its submission until each token came.
         seconds: from its submission to its end.
         cached_tokens: of the prompt, those that the prefix cache had.
     """
@@ -55,9 +55,14 @@ class Completion:
     logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
     stop: int | str | None
-    time_to_first_token: float | None
+    times: tuple[float, ...]
     seconds: float
     cached_tokens: int = 0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from its submission; None if there is no token."""
+        return self.times[0] if self.times else None
 
 
 class _Ended(NamedTuple):
@@ -112,7 +117,7 @@ class RequestHandle:
         self._tokens: list[Token] = []
         self._of: list[list[Token]] = [[] for _ in range(request.n)]
         self._ended: dict[int, _Ended] = {}
-        self._first: list[float | None] = [None] * request.n
+        self._times: list[list[float]] = [[] for _ in range(request.n)]
         self._listeners: list[_Listener] = []
 
     @property
@@ -214,8 +219,7 @@ class RequestHandle:
         with self._lock:
             if sequence in self._ended:
                 return
-            if self._first[sequence] is None:
-                self._first[sequence] = time.monotonic()
+            self._times[sequence].append(time.monotonic() - self.submitted)
             new = Token(token, logprob, sequence)
             self._tokens.append(new)
             self._of[sequence].append(new)
@@ -231,13 +235,12 @@ class RequestHandle:
                 return
             tokens = self._of[sequence]
             logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
-            first = self._first[sequence]
             completion = Completion(
                 token_ids=tuple(token.id for token in tokens),
                 logprobs=logprobs if self.request.logprobs else None,
                 finish_reason=reason,
                 stop=stop,
-                time_to_first_token=None if first is None else first - self.submitted,
+                times=tuple(self._times[sequence]),
                 seconds=time.monotonic() - self.submitted,
                 cached_tokens=cached,
             )

@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-import torch
 import served as small
+import torch
 from served import alone, family, requests, served
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -97,3 +97,15 @@ def test_adapters_that_come_in_change_nothing_for_those_that_run():
     with Engine(model, config(cuda_graphs=True)) as engine:
         assert served(engine, asked) == expected
     torch.cuda.synchronize()
+
+
+def test_engines_one_after_another_in_one_process():
+    """What is left of a closed one must not be freed while the next one captures."""
+    model = model_on_gpu()
+    asked = requests(10, ["lora", "dora"])
+    expected = None
+    for _ in range(4):
+        with Engine(model, config(cuda_graphs=True)) as engine:
+            found = served(engine, asked)
+        assert expected in (None, found)
+        expected = found

@@ -456,3 +456,12 @@ def test_an_engine_that_crashes_and_is_closed_beneath_its_callers(seed, switchin
     monkeypatch.setattr(model.model, "forward", forward)
     with Engine(model, SMALL) as again:
         again.submit(PROMPT, "lora", max_new_tokens=1).result(20)
+
+
+def test_one_prompt_that_cannot_be_is_told_of_before_any_is_served(model):
+    with Engine(model, SMALL) as engine:
+        with pytest.raises(RequestError):
+            engine.generate([[11, 12], [13], []], max_new_tokens=3, progress=False)
+        with pytest.raises(TypeError, match="max_tokens"):
+            engine.generate([[11, 12]], max_tokens=3, progress=False)
+        assert engine.stats().steps == 0

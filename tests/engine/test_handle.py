@@ -84,6 +84,8 @@ def test_tokens_come_in_order_and_then_the_end():
     assert completion.token_ids == (5, 6) and completion.logprobs == (-0.5, -0.25)
     assert (completion.finish_reason, completion.stop, completion.cached_tokens) == ("stop", 6, 3)
     assert 0 <= completion.time_to_first_token <= completion.seconds < 10
+    assert len(completion.times) == len(completion.token_ids) and list(completion.times) == sorted(completion.times)
+    assert completion.times[0] == completion.time_to_first_token
 
 
 def test_logprobs_are_none_unless_they_were_asked_for():
