@@ -9,12 +9,13 @@ at 3.0 TB/s 5.9 ms without adapters and 6.8 with.
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -30,6 +31,8 @@ from lorakit.engine.config import EngineConfig
 from lorakit.engine.engine import Engine
 from lorakit.runtime.model import MultiLoraModel
 
+Variant = Literal["plain", "compiled", "liger"]
+
 
 class Setting(NamedTuple):
     """What is measured.
@@ -43,7 +46,8 @@ class Setting(NamedTuple):
         prompt: tokens of each.
         short: tokens that the short run generates.
         long: tokens that the long run generates.
-        levels: transformers' levels of compilation.
+        variants: of the base; "plain", "compiled" (transformers' level 1) and "liger" (the kernels of liger-kernel in
+            the place of norms, rotary embeddings and activations; they stay, so it comes last).
         runs: of each.
     """
 
@@ -55,7 +59,7 @@ class Setting(NamedTuple):
     prompt: int = 128
     short: int = 16
     long: int = 144
-    levels: Sequence[int] = (0, 1)
+    variants: Sequence[Variant] = ("plain", "compiled", "liger")
     runs: int = 3
 
     def as_json(self) -> dict[str, Any]:
@@ -102,11 +106,24 @@ def measure(setting: Setting, device: torch.device) -> dict[str, Any]:
     found = {}
     with tempfile.TemporaryDirectory(prefix="lorakit-bench-") as place:
         bank = random_bank(base, Path(place) / "bank", most, setting)
-        for level in setting.levels:
+        for variant in setting.variants:
+            if variant == "liger" and not _with_liger(base):
+                make_console().print("engine-step: without liger-kernel, which is not installed")
+                continue
             for batch in setting.batches:
-                for name, steps in _systems(base, bank, batch, level, setting):
-                    found[f"{name}, batch {batch}, compile level {level}"] = {"step_ms": statistics_of(steps)}
+                for name, steps in _systems(base, bank, batch, int(variant == "compiled"), setting):
+                    found[f"{name}, batch {batch}, {variant}"] = {"step_ms": statistics_of(steps)}
     return found
+
+
+def _with_liger(base: PreTrainedModel) -> bool:
+    """Puts liger-kernel's into a Llama, if it is installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return False
+    from liger_kernel.transformers import apply_liger_kernel_to_llama  # type: ignore[import-not-found]
+
+    apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False, model=base)
+    return True
 
 
 def base_of(setting: Setting, device: torch.device) -> PreTrainedModel:
@@ -170,7 +187,7 @@ def _transformers(base: PreTrainedModel, batch: int, level: int, setting: Settin
 
 def _steps(serve: Serve, setting: Setting) -> list[float]:
     """Milliseconds of a step, of each pair of runs."""
-    for tokens in (setting.short, setting.long):
+    for tokens in (setting.short, setting.long, setting.short):
         serve(tokens)
     found = []
     for _ in range(setting.runs):
@@ -203,10 +220,11 @@ def random_bank(base: PreTrainedModel, folder: Path, adapters: int, setting: Set
     facts = BaseModel.of(base)
 
     def form(seed: int) -> AdapterForm:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(base.device).manual_seed(seed)
 
         def weights(*shape: int) -> torch.Tensor:
-            return (0.02 * torch.randn(shape, generator=generator)).to(setting.dtype)
+            drawn = torch.randn(shape, generator=generator, device=base.device, dtype=setting.dtype)
+            return drawn.mul_(0.02).cpu()
 
         modules = {
             path: ModuleForm(

@@ -34,7 +34,7 @@ class EngineConfig:
         page_size: tokens of a block; prompts share whole blocks. None: 256 on a GPU, as FlashAttention wants it; 32
             elsewhere.
         prefix_cache: whether requests of the same adapter content share the blocks of a common beginning.
-        cuda_graphs: on a GPU, replay captured forwards. None: where transformers finds that it pays.
+        cuda_graphs: on a GPU, replay captured forwards. None: with FlashAttention.
         compile_level: transformers' level of compilation, 0 (none) to 3.
         max_waiting: sequences that may wait; more are refused with `EngineBusyError`.
         tenants: the policies of tenants by name.
@@ -51,7 +51,7 @@ class EngineConfig:
     cache_memory: int | None = None
     page_size: int | None = None
     prefix_cache: bool = True
-    cuda_graphs: bool | None = False
+    cuda_graphs: bool | None = None
     compile_level: int = 0
     max_waiting: int = 4096
     tenants: Mapping[str, TenantPolicy] = field(default_factory=dict)

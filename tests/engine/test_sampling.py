@@ -248,11 +248,12 @@ def test_on_a_gpu_the_same_tokens_are_drawn():
     rows = rows_of(settings)
     on_gpu = sample(logits.cuda(), rows.cuda()).cpu()
     near = [
-        sample(logits, rows_of([one._replace(top_p=one.top_p + by, draw=one.draw + by) for one in settings]))
+        sample(logits, rows_of([one._replace(**{name: getattr(one, name) + by}) for one in settings]))
+        for name in ("top_p", "draw")
         for by in (-1e-4, 0, 1e-4)
     ]
-    clear = (near[0] == near[1]) & (near[1] == near[2])
-    assert clear.sum() > 40
+    clear = (torch.stack(near) == near[1]).all(0)
+    assert clear.sum() > 30
     assert on_gpu[clear].equal(near[1][clear])
     for i in range(64):
         assert sample(logits[i : i + 1].cuda(), rows[:, i : i + 1].cuda()).cpu().equal(on_gpu[i : i + 1])
