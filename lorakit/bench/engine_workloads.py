@@ -39,9 +39,9 @@ class Workload(NamedTuple):
         seed: of lengths and orders.
     """
 
-    requests: int = 200
+    requests: int = 64
     batch: int = 32
-    adapters: int = 200
+    adapters: int = 64
     level: int = 0
     seed: int = 0
 

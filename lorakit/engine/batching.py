@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -276,6 +277,7 @@ class Runner(ModelRunner):
         self.steps = self.segments = 0
         self.warming: Standing | None = None
         self._can_replay = True
+        self._serving: Callable[[], AbstractContextManager[None]] = nullcontext
         # The base alone is compiled: transformers would compile it anew for each way of drawing tokens.
         self._bases = [
             torch.compile(_forward, **config.to_dict()) if config is not None else _forward
@@ -301,14 +303,12 @@ class Runner(ModelRunner):
         # What is made for one batch cannot be replayed, and the first forward only sees who are siblings.
         made_once = standing is not None and all(routing.served for routing in standing.routings)
         self._can_replay = made_once or (standing is None and not any(slots))
-        if self._choose_graphs(standing):
-            serving: AbstractContextManager[None] = nullcontext()  # a graph knows all that it needs
-        elif standing is not None:
-            serving = self.model.standing_by(standing)
-        else:
-            serving = self.model.serving(slots, kept)
-        with serving:
-            super().compute_batch(model, batch_data)
+        self._choose_graphs(standing)
+        # Entered by each forward, not by a replay, which knows all that it needs.
+        self._serving = (
+            partial(self.model.serving, slots, kept) if standing is None else partial(self.model.standing_by, standing)
+        )
+        super().compute_batch(model, batch_data)
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable[..., None], bool]:
         if not self._can_replay:
@@ -337,12 +337,8 @@ class Runner(ModelRunner):
     def _most(self) -> dict[str, int]:
         return {"tokens": self.cache.max_batch_tokens, "segments": self.cb_config.max_requests_per_batch}
 
-    def _choose_graphs(self, standing: Standing | None) -> bool:
-        """Lays out the graphs that were captured for batches like this one; each pair of tensors has its own.
-
-        Returns:
-            Whether there is one for this batch.
-        """
+    def _choose_graphs(self, standing: Standing | None) -> None:
+        """Lays out the graphs that were captured for batches like this one; each pair of tensors has its own."""
         io, pair = self.inputs_and_outputs, 0
         if isinstance(io, ContinuousBatchingAsyncIOs):
             pair = io.current_pair
@@ -354,9 +350,6 @@ class Runner(ModelRunner):
         rows = self.logit_processor
         key = None if standing is None else standing.mode, pair, rows.is_sampled, rows.has_logprobs
         io.graphs = self._graphs.setdefault(key, CudaGraphBuffer())
-        if not self._get_forward_fn(self.inputs_and_outputs.use_block_table)[1]:
-            return False
-        return io.graphs.get_graph(io._get_graph_key()) is not None
 
     def _stream(self) -> AbstractContextManager[Any]:
         stream = self.inputs_and_outputs.compute_stream
@@ -389,7 +382,8 @@ class Runner(ModelRunner):
         self.inputs_and_outputs.carry_over_tokens(batch_data["input_ids"], carry_over_ids, prev_output_ids)
         cached = cached_rows(batch_data)
         inputs = batch_data if cached is None else {**batch_data, "cached_rows": cached}
-        logits = self._bases[cached is not None](model, inputs)
+        with self._serving():
+            logits = self._bases[cached is not None](model, inputs)
         if "logits_to_keep" not in batch_data:
             logits = logits[:, batch_data["logits_indices"], :]
         logits = logits[0].float()

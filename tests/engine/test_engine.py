@@ -95,8 +95,28 @@ def test_with_kernels_too(monkeypatch):
     monkeypatch.setattr(StandingRouting, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1])
     with Engine(model, SMALL) as engine:
         assert served(engine, asked) == expected
+        entered, forwards = _run_twice(monkeypatch)
         assert served(engine, asked) == expected
+        assert len(entered) == len(forwards) > 0 == len(forwards) % 2
         assert len(made) <= 2, "the same batch serves every mix"
+
+
+def _run_twice(monkeypatch):
+    """Each batch as a graph's capture runs it: what the first forward leaves behind, a compiled second one would see.
+
+    So each is to enter by itself.
+    """
+    entered, forwards = [], []
+    standing_by, forward = MultiLoraModel.standing_by, Runner._forward_process_and_sample
+
+    def twice(runner, *args):
+        for _ in range(2):
+            forwards.append(runner)
+            forward(runner, *args)
+
+    monkeypatch.setattr(MultiLoraModel, "standing_by", lambda *args: (entered.append(args), standing_by(*args))[1])
+    monkeypatch.setattr(Runner, "_forward_process_and_sample", twice)
+    return entered, forwards
 
 
 def test_stats_tell_how_mixed_batches_are(model):
