@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorakit.bench.harness import save, show, statistics_of
+from lorakit.bench.plots import bars
 from lorakit.console import bar
 from lorakit.runtime.model import MultiLoraModel
 
@@ -111,20 +112,7 @@ def _results(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 def _plot(results: Mapping[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
-    names = list(results)[::-1]
-    medians = [results[name]["step_ms"]["median"] for name in names]
-    bars = axes.barh(names, medians, color=["#c44e52" if n.startswith("PEFT") else "#4c72b0" for n in names])
-    ratios = [results[name]["ratio_to_base"]["median"] for name in names]
-    labels = [f"{median:.1f} ms, {ratio:.2f}×" for median, ratio in zip(medians, ratios, strict=True)]
-    axes.bar_label(bars, labels, padding=4)
-    axes.set_xlim(0, max(medians) * 1.25)
-    axes.set_xlabel("decode step, ms (median)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    medians = {name: found["step_ms"]["median"] for name, found in results.items()}
+    ratios = [found["ratio_to_base"]["median"] for found in results.values()]
+    labels = [f"{median:.1f} ms, {ratio:.2f}×" for median, ratio in zip(medians.values(), ratios, strict=True)]
+    bars(path, medians, "decode step, ms (median)", labels=labels, theirs="PEFT")

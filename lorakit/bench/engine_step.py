@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +26,7 @@ from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.bench.harness import save, show, statistics_of
+from lorakit.bench.plots import bars
 from lorakit.console import make_console
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.engine import Engine
@@ -91,10 +92,18 @@ def run(folder: Path) -> None:
     setting = Setting(LLAMA_2_7B)
     results = measure(setting, torch.device("cuda"))
     path = save("engine_step", folder, setting.as_json(), results)
+    plot(results, path.with_suffix(".png"))
     rows = [
         [name, *(f"{found['step_ms'][key]:.2f}" for key in ("min", "median", "max"))] for name, found in results.items()
     ]
     show("Decode step, Llama-2-7B shape", ["", "min ms", "median ms", "max ms"], rows, path)
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """A bar for each of what was measured."""
+    medians = {name: found["step_ms"]["median"] for name, found in results.items()}
+    labels = [f"{median:.2f} ms" for median in medians.values()]
+    bars(path, medians, "decode step, ms (median)", labels=labels, theirs="transformers")
 
 
 def measure(setting: Setting, device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorakit.console import make_console, table
 
-_PACKAGES = ("lorakit", "torch", "transformers", "peft", "triton", "safetensors")
+_PACKAGES = ("lorakit", "torch", "transformers", "peft", "triton", "safetensors", "liger-kernel")
 
 
 def statistics_of(values: Sequence[float]) -> dict[str, float | int]:
