@@ -46,6 +46,7 @@ from lorakit.errors import (
 from lorakit.runtime import ops
 from lorakit.runtime.activation import Activation, Generation, Pass
 from lorakit.runtime.experts import AdaptedExperts, AdaptedParameter
+from lorakit.runtime.factors import FactorStacks
 from lorakit.runtime.host_cache import ExtentReader
 from lorakit.runtime.layers import AdaptedModule, Batch
 from lorakit.runtime.placement import check_placement
@@ -72,11 +73,19 @@ _ROW_INPUTS = ("input_ids", "inputs", "inputs_embeds", "encoder_outputs", "decod
 
 
 class _Formed(NamedTuple):
-    """The batches that were formed for a forward, whether kernels were asked for, and the base's dtype then."""
+    """The batches that were formed for a forward, for whom, and what their stacks were made of.
+
+    Attributes:
+        kernels: whether kernels were asked for.
+        dtype: the base's dtype then.
+        batches: the batches.
+        factors: the stacked factors of batches without kernels.
+    """
 
     kernels: bool
     dtype: torch.dtype
     batches: tuple[Batch, ...]
+    factors: FactorStacks
 
 
 class Adapter(NamedTuple):
@@ -647,26 +656,31 @@ class MultiLoraModel(nn.Module):
     def _formed(self, rows: Sequence[Rows]) -> tuple[Batch, ...]:
         """The batches of these rows: the last ones if they had the same, else new ones."""
         kernels = ops.has_kernels(self.device, self.dtype) and not torch.is_grad_enabled()
-        last, self._last = self._last, None  # what the last batch stacked is free before more is stacked
+        last, self._last = self._last, None  # what the last batch stacked is freed as more is stacked
         wanted = kernels, self.dtype, list(rows)
         if last is None or (last.kernels, last.dtype, [batch.rows for batch in last.batches]) != wanted:
             if last is not None and last.dtype != self.dtype:
                 self._table = AddressTable(self.device, self._adapted)  # an embedding's scale is rounded to its dtype
+            # Only in an engine, which promises no bits: how factors lie together may change a product's.
+            before = last.factors if last is not None and last.dtype == self.dtype and self._lent else None
             del last
             for one in rows:
                 self._adapt(one)
+            factors = FactorStacks(torch.promote_types(self.dtype, torch.float32), before)
             with plain_tensors():
-                last = _Formed(kernels, self.dtype, tuple(self._new_batch(one, kernels) for one in rows))
+                batches = tuple(self._new_batch(one, kernels, factors) for one in rows)
+            factors.forget_others()
+            last = _Formed(kernels, self.dtype, batches, factors)
         self._last = last
         return last.batches
 
-    def _new_batch(self, rows: Rows, kernels: bool) -> Batch:
+    def _new_batch(self, rows: Rows, kernels: bool, factors: FactorStacks) -> Batch:
         # Kernels read an adapter where the pool has it, so no module may compute on another device.
         modules = [self._adapted[path] for path in rows.touched]
         if kernels and all(module.device == self._pool.device and module.aligned for module in modules):
             added = AddedTokens(rows, self._adapted)
             return Routing(rows, self._table, self._finder, added, device=self.device)
-        return Stacking(rows, self._adapted, dtype=torch.promote_types(self.dtype, torch.float32))
+        return Stacking(rows, self._adapted, factors)
 
     def _ids(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, ...]:
         """Checks `adapter_ids` whole: the name of each row, or none at all."""

@@ -1,4 +1,4 @@
-"""Stacking: a batch whose factors are stacked once, when it is formed; the forward then only multiplies.
+"""Stacking: a batch whose factors are stacked when it is formed, if not before; the forward then only multiplies.
 
 The path for the CPU, for any device without kernels, and wherever gradients are wanted: plain torch all through. Knows
 slots, rows and where a module computes; no name and no request.
@@ -7,13 +7,14 @@ slots, rows and where a module computes; no name and no request.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from lorakit.runtime.experts import AdaptedParameter, Pairs
+from lorakit.runtime.factors import Factors, FactorStacks, Likeness, likeness_of
 from lorakit.runtime.layers import AdaptedModule
 from lorakit.runtime.ops import Stack, Whole, replaced, stacked_lora
 from lorakit.runtime.pool import Slot
@@ -64,26 +65,26 @@ class Stacking:
     """
 
     def __init__(
-        self, rows: Rows, modules: Mapping[str, AdaptedModule | AdaptedParameter], *, dtype: torch.dtype
+        self, rows: Rows, modules: Mapping[str, AdaptedModule | AdaptedParameter], factors: FactorStacks
     ) -> None:
-        """Stacks the factors.
+        """Stacks the factors that are not stacked yet.
 
         Args:
             rows: the rows, and the slot of each.
             modules: path → the module or parameter, for every path that a slot touches.
-            dtype: the compute dtype of the stacks, at least fp32: the adapters' share is computed and added in it.
+            factors: of the forward, in its compute dtype, at least fp32: the adapters' share is computed and added in
+                it.
         """
         self.rows = rows
         self.paths: Collection[str] = rows.touched
         self.added = AddedTokens(rows, modules)
         self._segments = segments = segments_of(rows.slots)
-        self._dtype = dtype
-        stacker = _Stacker(len(rows.slots), dtype)
+        self._dtype = factors.dtype
+        stacker = _Stacker(len(rows.slots), factors)
         # The factors of experts are not stacked: a token takes few of them.
         served = {path: module for path in self.paths if isinstance(module := modules[path], AdaptedModule)}
         self._stacks: Mapping[str, tuple[Stack, ...]] = {
-            path: tuple(stacker.stack(group, module) for group in _groups(segments, path))
-            for path, module in served.items()
+            path: tuple(stacker.stacks(segments, module)) for path, module in served.items()
         }
         self._wholes: Mapping[str, tuple[Whole, ...]] = {
             path: tuple(
@@ -131,53 +132,64 @@ class Stacking:
         return y
 
 
-def _groups(segments: Sequence[Segment], path: str) -> list[list[Segment]]:
-    """Groups the segments that one batched product can take.
+def _groups(segments: Sequence[Segment], path: str) -> dict[Likeness, list[list[Segment]]]:
+    """Groups the segments that one batched product can take, by what they have in common.
 
-    Equal ranks, and row counts within a factor of two: a group's short segments are padded to its longest, so
-    padding never doubles the work, and a batch of any skew makes few groups.
+    Row counts within a factor of two: a group's short segments are padded to its longest, so padding never doubles the
+    work, and a batch of any skew makes few groups.
     """
-    groups: dict[tuple[int, bool, bool, int], list[Segment]] = defaultdict(list)
+    groups: dict[Likeness, dict[int, list[Segment]]] = defaultdict(lambda: defaultdict(list))
     for segment in segments:
         module = segment.slot.modules.get(path)
-        if module is not None and any(item in "abcd" for item, _ in module.tensors()) and module.w is None:
-            size = (len(segment.rows) - 1).bit_length()
-            groups[module.rank, module.c is None, module.d is None, size].append(segment)
-    return list(groups.values())
+        likeness = None if module is None else likeness_of(module)
+        if likeness is not None:
+            groups[likeness][(len(segment.rows) - 1).bit_length()].append(segment)
+    return {likeness: list(sizes.values()) for likeness, sizes in groups.items()}
+
+
+def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges (first, after the last) of places that cover these, which ascend, and at most as many others."""
+    first = after = places[0]
+    count = 0
+    for place in places:
+        if place + 1 - first > 2 * (count + 1):
+            yield first, after
+            first, count = place, 0
+        after, count = place + 1, count + 1
+    yield first, after
 
 
 class _Stacker:
     """Stacks groups of one batch; modules that group alike share their indices."""
 
-    def __init__(self, n: int, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, factors: FactorStacks) -> None:
         self._n = n
-        self._dtype = dtype
+        self._factors = factors
         self._indices: dict[object, tuple[torch.Tensor | None, ...]] = {}
 
-    def stack(self, group: Sequence[Segment], module: AdaptedModule) -> Stack:
-        """One group's `Stack` at one module, on the module's device."""
-        forms = [segment.slot.modules[module.path] for segment in group]
-        rows, device = tuple(segment.rows for segment in group), module.device
-        if (rows, device) not in self._indices:
-            self._indices[rows, device] = _index(rows, self._n, device)
-        index, keep, target = self._indices[rows, device]
-        # Scaled in the compute dtype: the scale is not rounded to B's.
-        b = [
-            form.b.to(device, self._dtype).T * (form.scale * module.output_scale)
-            for form in forms
-            if form.b is not None
-        ]
-        c, d = self._stacked([form.c for form in forms], device), self._stacked([form.d for form in forms], device)
-        return Stack(
-            n=self._n,
-            index=index,
-            keep=keep,
-            target=target,
-            a=self._stacked([form.a for form in forms], device),
-            b=torch.stack(b) if b else None,
-            c=None if c is None else c.unsqueeze(1),
-            d=None if d is None else d.unsqueeze(1),
+    def stacks(self, segments: Sequence[Segment], module: AdaptedModule) -> Iterator[Stack]:
+        """The stacks at one module, on the module's device."""
+        for likeness, groups in _groups(segments, module.path).items():
+            factors = self._factors.of(module, likeness, [segment.slot for group in groups for segment in group])
+            for group in groups:
+                rows = {factors.places[segment.slot]: segment.rows for segment in group}
+                # The same in all runs: how a product is computed may depend on its shape.
+                longest = max(map(len, rows.values()))
+                for first, after in _runs(sorted(rows)):
+                    members = tuple(rows.get(place, ()) for place in range(first, after))
+                    yield self._stack(factors, slice(first, after), members, longest, module.device)
+
+    def _stack(
+        self, factors: Factors, places: slice, rows: tuple[tuple[int, ...], ...], longest: int, device: torch.device
+    ) -> Stack:
+        key = rows, longest, device
+        if key not in self._indices:
+            self._indices[key] = _index(rows, longest, self._n, device)
+        index, keep, target = self._indices[key]
+        a, b, c, d = (
+            None if tensor is None else tensor[places] for tensor in (factors.a, factors.b, factors.c, factors.d)
         )
+        return Stack(n=self._n, index=index, keep=keep, target=target, a=a, b=b, c=c, d=d)
 
     def whole(self, segment: Segment, module: AdaptedModule) -> Whole:
         """A segment's `Whole` at a module, on the module's device."""
@@ -191,17 +203,14 @@ class _Stacker:
             scale=module.output_scale,
         )
 
-    def _stacked(self, tensors: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        assert len(present) in (0, len(tensors)), "a group's modules have the same parts"
-        return torch.stack(present).to(device, self._dtype) if present else None
 
-
-def _index(rows: Sequence[Sequence[int]], n: int, device: torch.device) -> tuple[torch.Tensor | None, ...]:
-    """`Stack.index`, `keep` and `target` for the rows of each segment."""
-    longest = max(map(len, rows))
-    index = [row for members in rows for row in (*members, *[members[0]] * (longest - len(members)))]
-    if index == list(range(n)):
+def _index(
+    rows: Sequence[Sequence[int]], longest: int, n: int, device: torch.device
+) -> tuple[torch.Tensor | None, ...]:
+    """`Stack.index`, `keep` and `target` for the rows of each segment, none for factors that are not used."""
+    padded = [(*members, *[members[0] if members else 0] * (longest - len(members))) for members in rows]
+    index = [row for members in padded for row in members]
+    if all(rows) and index == list(range(n)):
         return None, None, None
     keep = [i * longest + j for i, members in enumerate(rows) for j in range(len(members))]
 

@@ -25,8 +25,8 @@ class Stack:
 
     Attributes:
         n: rows of the batch.
-        index: (S·k,) int64, the rows in segment order, short segments padded by repeating a row of theirs; None when
-            the segments are all rows in order.
+        index: (S·k,) int64, the rows in segment order, short segments padded by any rows, empty ones too; None when the
+            segments are all rows in order.
         keep: (m,) int64, positions in `index` that are no padding; None without padding.
         target: (m,) int64, the rows that those positions are: `index[keep]`; None when `index` is.
         a: (S, r, in) in the compute dtype; an embedding's as (S, V, r). None for segments with no factors.
