@@ -88,6 +88,13 @@ class _Formed(NamedTuple):
     factors: FactorStacks
 
 
+class _Asked(NamedTuple):
+    """What `serving` was asked for last: the slots of all tokens, those at the output, and the rows that these make."""
+
+    slots: tuple[tuple[Slot | None, ...], tuple[Slot | None, ...]]
+    rows: list[Rows]
+
+
 class Adapter(NamedTuple):
     """An adapter as it is now: another may come under its name.
 
@@ -168,6 +175,7 @@ class MultiLoraModel(nn.Module):
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._last: _Formed | None = None
+        self._asked: _Asked | None = None
         self._active: list[AdaptedModule | AdaptedParameter | Siblings | LogitsMask] = []
         self._generation: Generation | None = None
         self._multimodal = has_towers(model)
@@ -353,7 +361,7 @@ class MultiLoraModel(nn.Module):
         finally:
             with self._lock:
                 self._lent = False
-                self._last = None
+                self._last = self._asked = None
                 self._stands, self._stood, self._standing = {}, set(), {}
 
     @property
@@ -390,10 +398,13 @@ class MultiLoraModel(nn.Module):
         if not any(slots):
             yield
             return
-        rows = Rows(tuple(slots), exact=True)
-        self._adapt(rows)
-        at_output = rows if kept is None else Rows(tuple(slots[place] for place in kept), exact=True)
-        with self._serving(self._apart(rows, at_output, frozenset(rows.touched))):
+        at_output = slots if kept is None else [slots[place] for place in kept]
+        asked = tuple(slots), tuple(at_output)
+        if self._asked is None or self._asked.slots != asked:
+            rows, fewer = (Rows(some, exact=True) for some in asked)
+            self._adapt(rows)
+            self._asked = _Asked(asked, self._apart(rows, fewer, frozenset(rows.touched)))
+        with self._serving(self._asked.rows):
             yield
 
     def standing(self, slots: Sequence[Slot | None], *, tokens: int, segments: int) -> Standing | None:

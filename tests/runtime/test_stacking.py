@@ -95,6 +95,17 @@ def test_adapters_that_stay_are_not_stacked_again(model, stacked):
     assert {len(slots) for _, slots in stacked} == {1, 2}
 
 
+def test_a_step_of_the_same_adapters_is_formed_once(model, monkeypatch):
+    formed = []
+    monkeypatch.setattr(model, "_adapt", lambda rows: formed.append(rows) or MultiLoraModel._adapt(model, rows))
+    first = logits_of(model, ["0", "1", None], kept=[1, 2])
+    formed.clear()
+    assert torch.equal(logits_of(model, ["0", "1", None], kept=[1, 2]), first)
+    assert not formed
+    other = logits_of(model, ["0", "1", None], kept=[0, 2])
+    assert formed and torch.equal(other[:, 1], first[:, 1]) and not torch.equal(other[:, 0], first[:, 0])
+
+
 def test_an_adapter_that_is_stacked_but_not_asked_for_reaches_no_row(model):
     for module in slots_of(model, ["1"])[0].modules.values():
         for _, tensor in module.tensors():
