@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedEr
 if TYPE_CHECKING:
     from lorakit.adapters.base import BaseModel
     from lorakit.adapters.peft_reader import Source
+
+_T = TypeVar("_T")
 
 FormItem = tuple[str, AdapterForm | Callable[[], AdapterForm], str]
 """An adapter to add: its name, its form or a function that makes it, and where it comes from."""
@@ -155,6 +157,11 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         """The adapters' names, in the order added."""
         return list(self._folder.index.adapters)
 
+    @property
+    def entries(self) -> Mapping[str, AdapterEntry]:
+        """What the index says of all adapters: never changed itself, another object after every change of the bank."""
+        return self._folder.index.adapters
+
     def __len__(self) -> int:
         return len(self._folder.index.adapters)
 
@@ -212,11 +219,11 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         entry = self[name]
         return Extent.of_bytes(entry.layout, entry.dtype, self._read(entry, entry.nbytes))
 
-    def read_into(self, name: str, buffer: torch.Tensor) -> Extent:
+    def read_into(self, adapter: str | AdapterEntry, buffer: torch.Tensor) -> Extent:
         """Reads an adapter's weights into memory that is there already, which may be pinned.
 
         Args:
-            name: the adapter.
+            adapter: its name; or what the index said of it, so that no other is read that came under its name since.
             buffer: (at least the entry's nbytes,) uint8 on the CPU, contiguous, its first byte at a multiple of 4 in
                 its storage.
 
@@ -227,13 +234,10 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             AdapterNotFoundError: no such adapter.
             BankCorruptedError: its shard is missing or too short.
         """
-        entry = self[name]
+        entry = self[adapter] if isinstance(adapter, str) else adapter
         assert buffer.dtype == torch.uint8 and buffer.dim() == 1 and buffer.is_contiguous(), "a flat uint8 buffer"
         assert buffer.numel() >= entry.nbytes, f"the buffer has {buffer.numel()} of {entry.nbytes} bytes"
-        try:
-            self._folder.read_into(entry, buffer[: entry.nbytes])
-        except BankCorruptedError as error:
-            raise self._damaged(entry, str(error)) from error
+        self._reading(entry, lambda place: self._folder.read_into(place, buffer[: entry.nbytes]))
         return Extent.of_bytes(entry.layout, entry.dtype, buffer)
 
     def form(self, name: str) -> AdapterForm:
@@ -260,10 +264,17 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         )
 
     def _read(self, entry: AdapterEntry, nbytes: int) -> torch.Tensor:
+        return self._reading(entry, lambda place: self._folder.read(place, nbytes))
+
+    def _reading(self, entry: AdapterEntry, read: Callable[[AdapterEntry], _T]) -> _T:
+        """Reads an adapter where it is now: another thread may compact the bank, and delete the shard where it was."""
         try:
-            return self._folder.read(entry, nbytes)
+            return read(entry)
         except BankCorruptedError as error:
-            raise self._damaged(entry, str(error)) from error
+            now = self.entries.get(entry.name)
+            if now is None or now.blake3 != entry.blake3 or (now.shard, now.offset) == (entry.shard, entry.offset):
+                raise self._damaged(entry, str(error)) from error
+        return self._reading(now, read)
 
     def _damaged(self, entry: AdapterEntry, reason: str) -> BankCorruptedError:
         return BankCorruptedError(

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -252,6 +254,45 @@ def test_remove_and_compact(tmp_path: Path) -> None:
         stale.read("t-0")
     bank.remove(*bank.names)
     assert len(bank) == 0 and shards_of(path) == []
+
+
+@pytest.mark.parametrize("read", ["read", "form", "read_into"])
+def test_what_is_moved_while_it_is_read_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str) -> None:
+    """By another thread, after the index was asked where it lies."""
+    bank = make_bank(tmp_path / "bank", gone=lora_form(0), x=lora_form(1))
+    expected, entry = bank.read("x").weights.clone(), bank["x"]
+    folder = bank._folder
+
+    def moved(name: str) -> Callable[..., Any]:
+        method = getattr(folder, name)
+
+        def first(*args: Any) -> Any:
+            monkeypatch.undo()
+            bank.remove("gone")
+            bank.compact()
+            assert not (bank.path / entry.shard).exists()
+            return method(*args)
+
+        return first
+
+    for name in ("read", "read_into"):
+        monkeypatch.setattr(folder, name, moved(name))
+    if read == "form":
+        assert_same_form(bank.form("x"), lora_form(1))
+    else:
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        extent = bank.read("x") if read == "read" else bank.read_into("x", buffer)
+        assert same_bits(extent.weights, expected)
+
+
+def test_what_the_index_said_of_an_adapter_reads_no_other(tmp_path: Path) -> None:
+    bank = make_bank(tmp_path / "bank", x=lora_form(0))
+    expected, entry = bank.read("x").weights.clone(), bank["x"]
+    bank.add_forms([("x", lora_form(1), "")], overwrite=True)
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    with pytest.raises(BankCorruptedError, match="'x'"):
+        bank.read_into(entry, buffer)
+    assert not same_bits(bank.read_into("x", buffer).weights, expected)
 
 
 def test_compact_refuses_damaged_adapters(tmp_path: Path) -> None:
