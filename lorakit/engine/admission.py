@@ -161,6 +161,7 @@ class Admission:
             if job.held is not None:
                 self._residency.release(job.held)
                 job.held = None
+        self._model.forget_removed()
 
     def _choose(self, most: int) -> None:
         stalled = sum(job.adapter in self._stalled for job in self._chosen.values())

@@ -36,6 +36,7 @@ from lorakit.errors import (
     AdapterExistsError,
     AdapterIdsError,
     AdapterNotFoundError,
+    BankCorruptedError,
     BankError,
     BaseModelMismatchError,
     BaseModelNotFoundError,
@@ -47,7 +48,7 @@ from lorakit.runtime import ops
 from lorakit.runtime.activation import Activation, Generation, Pass
 from lorakit.runtime.experts import AdaptedExperts, AdaptedParameter
 from lorakit.runtime.factors import FactorStacks
-from lorakit.runtime.host_cache import ExtentReader
+from lorakit.runtime.host_cache import ExtentReader, HostExtent
 from lorakit.runtime.layers import AdaptedModule, Batch
 from lorakit.runtime.placement import check_placement
 from lorakit.runtime.pool import AdapterPool, Slot, plain_tensors
@@ -121,6 +122,9 @@ class _Local(NamedTuple):
     invocation: tuple[int, ...] | None
 
 
+_Known: TypeAlias = _Local | AdapterEntry
+
+
 class MultiLoraModel(nn.Module):
     """A transformers model that serves every adapter of a bank.
 
@@ -188,8 +192,9 @@ class MultiLoraModel(nn.Module):
         self._siblings: dict[str, Siblings] = {}
         self._table = AddressTable(self.device, self._adapted)
         self._warned: set[str] = set()
-        for name in self.adapters:
-            self._compare_base(name)
+        self._followed = None if bank is None else bank.entries
+        for entry in () if bank is None else bank.entries.values():
+            self._compare_base(entry)
 
     @classmethod
     def from_pretrained(
@@ -317,13 +322,7 @@ class MultiLoraModel(nn.Module):
         if source is None:
             if chosen != NONE:
                 raise ConfigError(f"adapter {name!r} is converted already; svd_energy and task_id need a source.")
-            with self._lock:
-                if name not in self._local:
-                    if self.bank is None or name not in self.bank:
-                        raise self._unknown(name)
-                    self._unloaded.discard(name)
-                self._follow()
-                self._slot(name, keep=())
+            self._bring(name)
             return
         self._check_free(name)
         form = convert.convert(name, source, self._base, choices=chosen)
@@ -342,7 +341,7 @@ class MultiLoraModel(nn.Module):
             if name not in self.adapters:
                 raise self._unknown(name)
             self._last = None
-            self._pool.drop(self._key(name))
+            self._pool.drop(_key_of(self._known(name)))
             if self._local.pop(name, None) is None:
                 self._unloaded.add(name)
 
@@ -381,11 +380,19 @@ class MultiLoraModel(nn.Module):
             AdapterNotFoundError: the model does not serve it.
         """
         with self._lock:
-            if name not in self._local and (name in self._unloaded or self.bank is None or name not in self.bank):
-                raise self._unknown(name)
-            source = self._stored(name)
+            known = self._known(name)
+            source = self._source(known)
             added = max((module.added for module in source.layout.modules), default=0)
-            return Adapter(name, self._key(name), source, self._invocation(name), added)
+            return Adapter(name, _key_of(known), source, _invocation_of(name, known), added)
+
+    def forget_removed(self) -> None:
+        """Frees the memory of what was removed from the bank, or replaced there; unless it changed, costs nothing."""
+        if self.bank is None or self.bank.entries is self._followed:
+            return
+        with self._lock:
+            self._followed = self.bank.entries
+            served = (entry.blake3 for name, entry in self._followed.items() if name not in self._unloaded)
+            self._pool.keep_only({*served, *(local.key for local in self._local.values())})
 
     @contextmanager
     def serving(self, slots: Sequence[Slot | None], kept: Sequence[int] | None) -> Iterator[None]:
@@ -435,7 +442,7 @@ class MultiLoraModel(nn.Module):
         if not ops.has_kernels(self.device, self.dtype):
             return []
         with self._lock:
-            sources = [self._stored(name) for name in self.adapters]
+            sources = self._sources()
             self._stand({source.layout for source in sources})
             kinds = {
                 (self._pool.dtype or source.dtype, source.layout) for source in sources if can_stand(source.layout)
@@ -467,7 +474,7 @@ class MultiLoraModel(nn.Module):
 
     def _stand(self, layouts: set[Layout]) -> None:
         """Hooks all modules of these layouts, and of all adapters served now; standing batches are made anew."""
-        for layout in layouts | {self._stored(name).layout for name in self.adapters}:
+        for layout in layouts | {source.layout for source in self._sources()}:
             self._stands[layout.key] = can_stand(layout)
             if self._stands[layout.key]:
                 self._adapt_modules(layout.modules, shared=True)
@@ -641,7 +648,12 @@ class MultiLoraModel(nn.Module):
         rows = Rows(slots)
         paths = tower_paths(self.model, rows.touched)
         for name, slot in zip(ids, slots, strict=True):
-            if name is not None and slot is not None and self._invocation(name) and paths & set(slot.modules):
+            if (
+                name is not None
+                and slot is not None
+                and _invocation_of(name, self._known(name))
+                and paths & set(slot.modules)
+            ):
                 path = min(paths & set(slot.modules))
                 raise UnsupportedMethodError(
                     f"adapter {name!r} acts from its invocation tokens on, which {path!r} does not see. Train with "
@@ -726,7 +738,7 @@ class MultiLoraModel(nn.Module):
         generating: bool,
     ) -> tuple[int | None, ...]:
         """From which of its tokens on each row's adapter acts: 0 for most, None where it never does."""
-        found = {name: self._invocation(name) for name in dict.fromkeys(ids) if name is not None}
+        found = {name: _invocation_of(name, self._known(name)) for name in dict.fromkeys(ids) if name is not None}
         invocations = {name: tokens for name, tokens in found.items() if tokens is not None}
         if not invocations and offsets is None:
             return (0,) * len(ids)
@@ -754,47 +766,78 @@ class MultiLoraModel(nn.Module):
             self._pool = AdapterPool(device=self.device, dtype=self._pool.dtype, capacity=self._pool.capacity)
             self._table = AddressTable(self.device, self._adapted)
 
+    def _bring(self, name: str) -> None:
+        """Brings an adapter to the device; the disk is read while others use the model."""
+        with self._lock:
+            if name not in self._local:
+                if self.bank is None or name not in self.bank:
+                    raise self._unknown(name)
+                self._unloaded.discard(name)
+        read: tuple[str, AdapterPool, HostExtent] | None = None
+        while True:
+            with self._lock:
+                self._follow()
+                self.forget_removed()
+                pool, adapter = self._pool, self.adapter(name)
+                if pool.get(adapter.key) is not None:
+                    return
+                host = pool.host.get(adapter.key)
+                if host is None and read is not None and read[:2] == (adapter.key, pool):
+                    host = read[2]
+                if host is not None:
+                    pool.put(adapter.key, host, name=name)
+                    return
+            with plain_tensors():
+                read = adapter.key, pool, pool.host.read(adapter.source, pool.dtype)
+
     def _slot(self, name: str, keep: Sequence[str]) -> Slot:
         """The adapter's slot, loaded if it is not resident."""
-        key = self._key(name)
+        known = self._known(name)
+        key = _key_of(known)
         slot = self._pool.get(key)
         if slot is None:
-            # What was removed from the bank, or replaced there under its name, is not served any more.
-            self._pool.keep_only({self._key(other) for other in self.adapters})
-            slot = self._pool.put(key, self._stored(name), name=name, keep={self._key(other) for other in keep})
+            self.forget_removed()
+            kept = {_key_of(self._known(other)) for other in keep}
+            slot = self._pool.put(key, self._source(known), name=name, keep=kept)
         return slot
 
-    def _stored(self, name: str) -> Extent | ExtentReader:
+    def _known(self, name: str) -> _Known:
+        """What is served under a name. Asked once for all that belongs together: the bank may change at any time."""
+        local = self._local.get(name)
+        if local is not None:
+            return local
+        entry = None if self.bank is None or name in self._unloaded else self.bank.entries.get(name)
+        if entry is None:
+            raise self._unknown(name)
+        return entry
+
+    def _source(self, known: _Known) -> Extent | ExtentReader:
         """Where the pool finds an adapter that the device does not have."""
-        if name in self._local:
-            return self._local[name].extent
+        if isinstance(known, _Local):
+            return known.extent
         assert self.bank is not None
-        self._compare_base(name)  # it may have come into the bank after the model was made
-        entry = self.bank[name]
-        return ExtentReader(entry.layout, entry.dtype, partial(self._read_into, self.bank, entry))
+        self._compare_base(known)  # it may have come into the bank after the model was made
+        return ExtentReader(known.layout, known.dtype, partial(self._read_into, self.bank, known))
+
+    def _sources(self) -> list[Extent | ExtentReader]:
+        """The same of all adapters."""
+        banked = () if self.bank is None else self.bank.entries.items()
+        known: list[_Known] = [
+            entry for name, entry in banked if name not in self._unloaded and name not in self._local
+        ]
+        return [self._source(one) for one in (*known, *self._local.values())]
 
     @staticmethod
     def _read_into(bank: AdapterBank, entry: AdapterEntry, buffer: torch.Tensor) -> Extent:
         """Reads an adapter, and no other that came under its name meanwhile."""
-        extent = bank.read_into(entry.name, buffer)
-        if bank[entry.name].blake3 != entry.blake3:
-            raise AdapterNotFoundError(f"adapter {entry.name!r} was replaced in the bank while it was read; try again.")
-        return extent
-
-    def _key(self, name: str) -> str:
-        """What an adapter's slot is kept under: its content, so that one replaced under its name is never served."""
-        if name in self._local:
-            return self._local[name].key
-        assert self.bank is not None
-        return self.bank[name].blake3
-
-    def _invocation(self, name: str) -> tuple[int, ...] | None:
-        """The tokens from which on an adapter acts, or None for one that always does."""
-        if name in self._local:
-            return self._local[name].invocation
-        assert self.bank is not None
-        entry = self.bank[name]
-        return invocation_of(entry.method, entry.config, name)
+        try:
+            return bank.read_into(entry, buffer)
+        except BankCorruptedError as error:
+            now = bank.entries.get(entry.name)
+            if now is not None and now.blake3 == entry.blake3:
+                raise
+            message = f"adapter {entry.name!r} was replaced in the bank while it was read; try again."
+            raise AdapterNotFoundError(message) from error
 
     def _adapt(self, rows: Rows) -> None:
         """Hooks the modules that these rows' adapters touch and that have no hook yet."""
@@ -831,13 +874,13 @@ class MultiLoraModel(nn.Module):
                 else:
                     self._adapted[path] = AdaptedModule(path, found)
 
-    def _compare_base(self, name: str) -> None:
+    def _compare_base(self, entry: AdapterEntry) -> None:
         """Warns of a bank's adapter that was computed from the base's weights as they are not here.
 
         Once for each way in which a bank's bases were quantised.
         """
         assert self.bank is not None
-        entry, here = self.bank[name], self._base.quantisation
+        name, here = entry.name, self._base.quantisation
         if entry.uses_base_weights and entry.base_quantisation not in {here, *self._warned}:
             self._warned.add(entry.base_quantisation)
             warnings.warn(
@@ -854,6 +897,16 @@ class MultiLoraModel(nn.Module):
 
     def _unknown(self, name: object) -> AdapterNotFoundError:
         return names.not_found(name, self.adapters, "the model")
+
+
+def _key_of(known: _Known) -> str:
+    """What an adapter's slot is kept under: its content, so that one replaced under its name is never served."""
+    return known.key if isinstance(known, _Local) else known.blake3
+
+
+def _invocation_of(name: str, known: _Known) -> tuple[int, ...] | None:
+    """The tokens from which on an adapter acts, or None for one that always does."""
+    return known.invocation if isinstance(known, _Local) else invocation_of(known.method, known.config, name)
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -329,10 +329,10 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_only(bank):
     with Engine(model, SMALL) as engine:
         read = bank.read_into
 
-        def damaged(name, buffer):
-            if name == "dora":
-                raise BankCorruptedError(f"the shard of {name} is cut off")
-            return read(name, buffer)
+        def damaged(asked, buffer):
+            if asked.name == "dora":
+                raise BankCorruptedError(f"the shard of {asked.name} is cut off")
+            return read(asked, buffer)
 
         bank.read_into = damaged
         bad = [engine.submit(PROMPT, "dora", max_new_tokens=3) for _ in range(5)]

@@ -322,11 +322,11 @@ def slow(tmp_path, monkeypatch):
     """A bank whose adapter dora is read when the gate is opened, the names that were read, and the gate."""
     bank, names, gate = banked(tmp_path), [], threading.Event()
 
-    def slowly(name, buffer, read=bank.read_into):
-        names.append(name)
-        if name == "dora":
+    def slowly(entry, buffer, read=bank.read_into):
+        names.append(entry.name)
+        if entry.name == "dora":
             gate.wait(60)
-        return read(name, buffer)
+        return read(entry, buffer)
 
     monkeypatch.setattr(bank, "read_into", slowly)
     return bank, names, gate
@@ -369,8 +369,8 @@ def test_a_request_of_many_sequences_fails_once(tmp_path, monkeypatch):
     """Its others neither read the adapter again nor run."""
     bank, reads = banked(tmp_path), []
 
-    def broken(name, buffer):
-        reads.append(name)
+    def broken(entry, buffer):
+        reads.append(entry.name)
         raise BankCorruptedError("cut off")
 
     monkeypatch.setattr(bank, "read_into", broken)

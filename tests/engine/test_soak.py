@@ -103,10 +103,10 @@ def test_soak(tmp_path, monkeypatch):
 
     read = bank.read_into
 
-    def read_into(name, buffer):
-        if name == "broken":
+    def read_into(entry, buffer):
+        if entry.name == "broken":
             raise BankCorruptedError("the shard of broken is cut off")
-        return read(name, buffer)
+        return read(entry, buffer)
 
     monkeypatch.setattr(bank, "read_into", read_into)
 
