@@ -515,11 +515,17 @@ class MultiLoraModel(nn.Module):
             ids = self._ids(adapter_ids, args, kwargs)
             starts = self._starts(ids, offsets, args, kwargs, generating=generating)
             slots = self._slots(ids, starts)
+            # Of adapters that do not act too: the base has not their tokens.
+            layouts = [
+                slot.layout if slot is not None else None if name is None else self._stored(name).layout
+                for slot, name in zip(slots, ids, strict=True)
+            ]
+            first = prompt_of(args, kwargs, generating=generating).first if any(starts) else 0
+            check_ids(layouts, starts, first, args, kwargs)
             if not any(slots):
                 yield
                 return
             with self._pool.hold(slot for slot in slots if slot is not None):
-                check_ids(slots, args, kwargs)
                 towers = self._towers(ids, slots, args, kwargs)
                 if not any(starts):
                     with self._serving(towers.beside(Rows(together(slots)))):

@@ -26,7 +26,7 @@ from lorakit.errors import AdapterIdsError
 from lorakit.runtime.layers import AdaptedModule
 
 if TYPE_CHECKING:
-    from lorakit.adapters.layout import ModuleLayout
+    from lorakit.adapters.layout import Layout, ModuleLayout
     from lorakit.runtime.experts import AdaptedParameter
     from lorakit.runtime.layers import Batch
     from lorakit.runtime.pool import Slot
@@ -133,22 +133,31 @@ class AddedTokens:
         return (torch.arange(rows.most, device=rows.counts.device) < rows.counts.unsqueeze(1)).unsqueeze(1)
 
 
-def check_ids(slots: Sequence[Slot | None], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def check_ids(
+    layouts: Sequence[Layout | None],
+    starts: Sequence[int | None],
+    first: int,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
     """Refuses inputs that rows have no tokens for.
 
     Args:
-        slots: the slot of each row.
+        layouts: of each row's adapter, also where it does not act.
+        starts: the column from which on it acts; None where it does not.
+        first: the column of the first token that the call brings.
         args: of `forward` or `generate`.
         kwargs: the same.
 
     Raises:
-        AdapterIdsError: a row has an id that is neither the base's nor its own adapter's; or there are labels, as the
-            base would take the loss over its own vocabulary.
+        AdapterIdsError: a row has an id that is neither the base's nor its own adapter's, or one of its adapter's
+            before that acts; or there are labels, as the base would take the loss over its own vocabulary.
     """
-    added = [_added(slot) for slot in slots]
+    added = [_added(layout) for layout in layouts]
     if not any(added):
         return
-    if kwargs.get("labels") is not None:
+    acting = any(module is not None and start is not None for module, start in zip(added, starts, strict=True))
+    if acting and kwargs.get("labels") is not None:
         raise AdapterIdsError(
             "the base cannot take a loss over tokens that adapters of this batch add; leave labels out, and take it "
             "from the logits."
@@ -156,9 +165,9 @@ def check_ids(slots: Sequence[Slot | None], args: tuple[Any, ...], kwargs: Mappi
     vocabulary = next(module.in_features for module in added if module is not None)
     limits = torch.tensor([vocabulary + (0 if module is None else module.added) for module in added])
     for ids in (*args[:1], *(kwargs.get(name) for name in _IDS)):
-        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.numel() % len(slots):
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.numel() % len(layouts):
             continue
-        rows = ids.reshape(len(slots), -1)
+        rows = ids.reshape(len(layouts), -1)
         wrong = (rows >= limits.to(ids.device).unsqueeze(1)).any(dim=1)
         if wrong.any():
             row = int(wrong.nonzero()[0])
@@ -166,11 +175,21 @@ def check_ids(slots: Sequence[Slot | None], args: tuple[Any, ...], kwargs: Mappi
                 f"row {row} has the token {int(rows[row].max())}, but its adapter and the base have "
                 f"{int(limits[row])} tokens, from 0 on; give each row the ids of its own adapter's tokenizer."
             )
+        columns = first + torch.arange(rows.shape[1], device=ids.device) % max(1, ids.shape[-1])
+        for row, start in enumerate(starts):
+            if start == 0:
+                continue
+            early = rows[row] if start is None else rows[row][columns < start]
+            if early.numel() and early.max() >= vocabulary:
+                raise AdapterIdsError(
+                    f"row {row} has the token {int(early.max())}, which its adapter adds, but the adapter acts from "
+                    "its invocation tokens on; put these before it."
+                )
 
 
-def _added(slot: Slot | None) -> ModuleLayout | None:
+def _added(layout: Layout | None) -> ModuleLayout | None:
     """The embedding to which an adapter adds tokens."""
-    modules = () if slot is None else slot.layout.modules
+    modules = () if layout is None else layout.modules
     return next((module for module in modules if module.added and module.kind == "embedding"), None)
 
 

@@ -9,6 +9,7 @@ from peft import AdaLoraConfig, LoraConfig, TrainableTokensConfig, get_peft_mode
 from peft_folders import base_of, edit_tensors, key_of, relative, save
 from safetensors.torch import load_file
 from tenants import form_of
+from transformers import DynamicCache
 
 from lorakit import AdapterBank, MultiLoraModel, export
 from lorakit.adapters.form import AdapterForm, ModuleForm
@@ -205,6 +206,37 @@ def test_ids_that_are_no_rows_own_are_refused(tmp_path):
         model.generate(ids + torch.tensor([[0, 1], [0, 0]]), adapter_ids=["a", None])
     with pytest.raises(AdapterIdsError, match="labels"):
         model(ids, labels=ids, adapter_ids=["a", None])
+
+
+@torch.no_grad()
+def test_added_ids_before_the_adapter_acts_are_refused(tmp_path):
+    model = MultiLoraModel(copy.deepcopy(base_of()))
+    invoked = lora(alora_invocation_tokens=[7, 8], task_type="CAUSAL_LM")
+    tenant, folder = folder_of(invoked, "llama", tmp_path / "a")
+    model.load_adapter("a", folder)
+    model.load_adapter("other", folder_of(lora(), "llama", tmp_path / "other")[1])
+    new = VOCAB + 2
+    acts, early, never = [5, 7, 8, new, 6], [new, 7, 8, 5, 6], [5, 6, 7, new, 8]
+    generating = {"max_new_tokens": 2, "do_sample": False}
+    expected = tenant(torch.tensor([acts]), alora_offsets=[4]).logits[0]
+    assert relative(model(torch.tensor([acts]), adapter_ids="a").logits[0, 1:], expected[1:]) <= 1e-5
+    for wrong in (early, never):
+        for rows, names in (([wrong], "a"), ([acts, wrong], ["a", "a"]), ([never, wrong], ["other", "a"])):
+            ids = torch.tensor(rows)
+            for call in (model, lambda ids, **options: model.generate(ids, **options, **generating)):
+                with pytest.raises(AdapterIdsError, match=f"row {len(rows) - 1} .* {new}, .*adds.*invocation tokens"):
+                    call(ids, adapter_ids=names)
+    # What continues a cache is told apart by its place in the whole text.
+    cache = DynamicCache(config=model.config)
+    whole = model(torch.tensor([acts]), adapter_ids="a").logits[0, -2:]
+    model(torch.tensor([acts[:3]]), adapter_ids="a", past_key_values=cache)
+    with pytest.raises(AdapterIdsError, match=f"row 0 .* {new}, .*adds"):
+        model(torch.tensor([acts[3:]]), adapter_ids="a", past_key_values=copy.deepcopy(cache), alora_offsets=[1])
+    rest = model(torch.tensor([acts[3:]]), adapter_ids="a", past_key_values=cache, alora_offsets=[4]).logits[0]
+    assert relative(rest, whole) <= 1e-5
+    # Nobody's tokens are looked up where the adapter that has them does not act: a loss is the base's.
+    plain = torch.tensor([[5, 6, 9, 4]])
+    assert model(plain, labels=plain, adapter_ids="a").loss == model(plain, labels=plain, adapter_ids=None).loss
 
 
 @torch.no_grad()
