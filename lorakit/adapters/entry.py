@@ -5,15 +5,15 @@ Knows names, shapes and byte ranges; opens no file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lorakit.adapters.dtypes import SAFETENSORS_CODES
-from lorakit.adapters.layout import Layout, Span
+from lorakit.adapters.layout import Layout, StoredTensor, with_gaps
 
 EXTRA_ALIGNMENT = 16
 """Extras start at a multiple of this many bytes from the adapter's first: enough for every dtype."""
@@ -59,24 +59,6 @@ def place_extras(tensors: Mapping[str, torch.Tensor], start: int) -> tuple[Extra
         extras.append(ExtraTensor(name, tensors[name].dtype, tuple(tensors[name].shape), offset))
         start = extras[-1].end
     return tuple(extras)
-
-
-class StoredTensor(NamedTuple):
-    """One tensor as a shard's header has it.
-
-    Attributes:
-        name: its name in the shard.
-        code: safetensors' code of its dtype.
-        shape: its shape.
-        begin: its first byte, counted from the adapter's first byte.
-        end: the byte after its last.
-    """
-
-    name: str
-    code: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -151,34 +133,18 @@ class AdapterEntry:
         """The number of elements of its A, B, c and d."""
         return self.layout.parameters
 
+    def places(self) -> Sequence[StoredTensor]:
+        """Its tensors as they lie in the shard, without a hole (`with_gaps`), by names without its own."""
+        own = self.layout.places(self.dtype)
+        if not self.extras:
+            return own
+        extras = [
+            StoredTensor(f"extras/{extra.name}", SAFETENSORS_CODES[extra.dtype], extra.shape, extra.offset, extra.end)
+            for extra in self.extras
+        ]
+        return [*own, *with_gaps(extras, self.nbytes, sum(place.is_gap for place in own))]
+
     def tensors(self) -> Iterator[StoredTensor]:
-        """Its tensors as they lie in the shard, without a hole: a safetensors file may have none, so the gaps that
-        align tensors are tensors too.
-        """
-        place = 0
-        gaps = 0
-        for stored in self._tensors():
-            if stored.begin > place:
-                yield StoredTensor(f"{self.name}/~pad{gaps}", "U8", (stored.begin - place,), place, stored.begin)
-                gaps += 1
-            # An empty name only marks a region's end.
-            if stored.name:
-                yield stored
-            place = stored.end
-
-    def _tensors(self) -> Iterator[StoredTensor]:
-        def region(spans: Iterable[Span], start: int, elements: int, dtype: torch.dtype) -> Iterator[StoredTensor]:
-            size, code = dtype.itemsize, SAFETENSORS_CODES[dtype]
-            for path, item, offset, shape in spans:
-                begin = start + offset * size
-                yield StoredTensor(f"{self.name}/{path}/{item}", code, shape, begin, begin + prod(shape) * size)
-            end = start + elements * size
-            yield StoredTensor("", "", (), end, end)
-
-        layout = self.layout
-        cut = layout.weights_elements * self.dtype.itemsize
-        yield from region(layout.weight_spans, 0, layout.weights_elements, self.dtype)
-        yield from region(layout.vector_spans, cut, layout.vector_elements, torch.float32)
-        for extra in self.extras:
-            code = SAFETENSORS_CODES[extra.dtype]
-            yield StoredTensor(f"{self.name}/extras/{extra.name}", code, extra.shape, extra.offset, extra.end)
+        """Its tensors as they lie in the shard, by the names that they have there."""
+        for place in self.places():
+            yield place._replace(name=f"{self.name}/{place.name}")

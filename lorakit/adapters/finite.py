@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy
 import torch
 
-# dtype → its bits as whole numbers, signed and not, and the bits of infinity.
+# dtype → its bits as whole numbers, signed and not, and the bits of infinity, without the sign's and with it.
 _BITS = {
-    torch.float32: (torch.int32, numpy.int32, numpy.uint32, 0x7F80_0000),
-    torch.bfloat16: (torch.int16, numpy.int16, numpy.uint16, 0x7F80),
-    torch.float16: (torch.int16, numpy.int16, numpy.uint16, 0x7C00),
+    torch.float32: (torch.int32, numpy.int32, numpy.uint32, 0x7F80_0000, 0xFF80_0000),
+    torch.bfloat16: (torch.int16, numpy.int16, numpy.uint16, 0x7F80, 0xFF80),
+    torch.float16: (torch.int16, numpy.int16, numpy.uint16, 0x7C00, 0xFC00),
 }
 
 
@@ -34,11 +34,11 @@ def are_finite(bits: numpy.ndarray, dtype: torch.dtype) -> bool:
     mask as large as the array.
 
     Args:
-        bits: of any shape, in whole numbers of the dtype's size.
+        bits: of any shape, in whole numbers of the dtype's size; or (n,) their bytes.
         dtype: float32, bfloat16 or float16.
     """
     if not bits.size:
         return True
-    _, signed, unsigned, infinity = _BITS[dtype]
-    above = infinity + (1 << 8 * dtype.itemsize - 1)  # with the sign's bit
-    return int(bits.view(signed).max()) < infinity and int(bits.view(unsigned).max()) < above
+    _, signed, unsigned, infinity, above = _BITS[dtype]
+    largest = numpy.maximum.reduce
+    return bool(largest(bits.view(signed), axis=None) < infinity and largest(bits.view(unsigned), axis=None) < above)

@@ -89,17 +89,15 @@ class ModuleForm:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors there are, as (one of `ITEMS`, tensor)."""
-        for name in ITEMS:
-            tensor = getattr(self, name)
-            if tensor is not None:
-                yield name, tensor
+        own = vars(self)
+        return iter([(name, own[name]) for name in ITEMS if own[name] is not None])
 
     def __post_init__(self) -> None:
         assert (self.a is None) == (self.b is None), "A and B come together"
         assert self.w is None or (self.b is None and self.c is None and self.scale == 1), "w takes the product's place"
         assert self.kind != "norm" or (self.b is None and self.w is None and self.t is None), "a norm takes c and d"
         for name, tensor in self.tensors():
-            assert tuple(tensor.shape) == self._shape(name), f"{name} is {tuple(tensor.shape)}, not {self._shape(name)}"
+            assert tensor.shape == self._shape(name), f"{name} is {tuple(tensor.shape)}, not {self._shape(name)}"
         assert self.kind != "experts" or (self.a is not None and self.c is None and self.d is None)
         assert math.isfinite(self.scale)
 

@@ -11,7 +11,7 @@ Knows forms and flat tensors; knows no file, no device.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 import numpy
 import torch
 
-from lorakit.adapters.dtypes import WEIGHT_DTYPES
+from lorakit.adapters.dtypes import SAFETENSORS_CODES, WEIGHT_DTYPES
 from lorakit.adapters.fields import Fields, content_key
 from lorakit.adapters.form import ITEMS, WEIGHTS, AdapterForm, Kind, ModuleForm
 from lorakit.errors import BankError
@@ -71,6 +71,46 @@ class Span(NamedTuple):
     def end(self) -> int:
         """The element after the last."""
         return self.offset + prod(self.shape)
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of an adapter as a shard's header has it.
+
+    Attributes:
+        name: its name in the shard, or that without the adapter's.
+        code: safetensors' code of its dtype.
+        shape: its shape.
+        begin: its first byte, counted from the adapter's first byte.
+        end: the byte after its last.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def is_gap(self) -> bool:
+        """Whether it only fills what aligns others; of a name without the adapter's."""
+        return "/" not in self.name
+
+
+def with_gaps(tensors: Iterable[StoredTensor], place: int = 0, gaps: int = 0) -> Iterator[StoredTensor]:
+    """Tensors without a hole: a safetensors file may have none, so the gaps that align tensors are tensors too.
+
+    Args:
+        tensors: in the order in which they lie; one without a name only marks a region's end.
+        place: where the first gap can begin.
+        gaps: how many there are before.
+    """
+    for tensor in tensors:
+        if tensor.begin > place:
+            yield StoredTensor(f"~pad{gaps}", "U8", (tensor.begin - place,), place, tensor.begin)
+            gaps += 1
+        if tensor.name:
+            yield tensor
+        place = tensor.end
 
 
 @dataclass(frozen=True)
@@ -260,6 +300,32 @@ class Layout:
     def nbytes(self, dtype: torch.dtype) -> int:
         """An extent's bytes with weights of this dtype."""
         return self.weights_elements * dtype.itemsize + self.vector_elements * 4
+
+    def places(self, dtype: torch.dtype) -> Sequence[StoredTensor]:
+        """The tensors of an extent as they lie in a shard, without a hole; listed once for all adapters.
+
+        Args:
+            dtype: the weights'.
+        """
+        if dtype not in self._places:
+            self._places[dtype] = tuple(with_gaps(self._stored(dtype)))
+        return self._places[dtype]
+
+    @cached_property
+    def _places(self) -> dict[torch.dtype, tuple[StoredTensor, ...]]:
+        return {}
+
+    def _stored(self, weights: torch.dtype) -> Iterator[StoredTensor]:
+        cut = self.weights_elements * weights.itemsize
+        for spans, dtype, start, end in (
+            (self.weight_spans, weights, 0, cut),
+            (self.vector_spans, torch.float32, cut, self.nbytes(weights)),
+        ):
+            for path, item, offset, shape in spans:
+                begin = start + offset * dtype.itemsize
+                nbytes = prod(shape) * dtype.itemsize
+                yield StoredTensor(f"{path}/{item}", SAFETENSORS_CODES[dtype], shape, begin, begin + nbytes)
+            yield StoredTensor("", "", (), end, end)
 
     def views(self, weights: torch.Tensor, vectors: torch.Tensor) -> dict[str, ModuleForm]:
         """The modules of an extent, without a copy.

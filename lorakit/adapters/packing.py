@@ -8,7 +8,7 @@ Knows entries and forms; knows no file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy
 import torch
@@ -16,13 +16,16 @@ import torch
 from lorakit.adapters.entry import AdapterEntry
 from lorakit.adapters.finite import are_finite
 from lorakit.adapters.form import WEIGHTS, AdapterForm
-from lorakit.adapters.layout import stored
+from lorakit.adapters.layout import StoredTensor, stored
 
 BLOCK_BYTES = 1 << 21
 """A block is no larger than this."""
 
 _ALIGNMENT = 64  # Tensors lie in a block's buffer as they do in the range, to this many bytes.
-_PIECE_BYTES = 1 << 17  # Transposed at a time: they stay in the innermost caches.
+_PIECE_BYTES = 1 << 19  # Transposed at a time: they stay in the processor's own cache.
+_RUN_BYTES = 1 << 19  # Checked at a time, while they are still there.
+
+_NUMBERS = {size: numpy.dtype(f"i{size}") for size in (1, 2, 4, 8)}
 
 Buffer = Callable[[int], torch.Tensor]
 """Gives a uint8 buffer of at least so many bytes; it belongs to the block that is yielded next."""
@@ -46,32 +49,25 @@ def blocks(entry: AdapterEntry, form: AdapterForm, buffer: Buffer = _fresh) -> I
     Raises:
         NonFiniteWeightsError: A, B, w, c or d holds NaN or Inf; before the block that it lies in.
     """
-    prefix = len(entry.name) + 1
-    extras = {f"extras/{extra.name}": form.extras[extra.name] for extra in entry.extras}
-    arrays = _Arrays()
+    sources = _Sources(entry, form)
     room = -(-BLOCK_BYTES // _ALIGNMENT) * _ALIGNMENT
-    nbytes = min(room, entry.stored_nbytes) + _ALIGNMENT
-    data = buffer(nbytes).numpy()
-    begin = end = 0
-    for place in entry.tensors():
-        if place.end - begin > room and end > begin:
-            yield _part(data, begin, end)
-            data = buffer(nbytes).numpy()
-            begin = end
-        name, size = place.name[prefix:], place.end - place.begin
-        if size > room:
-            whole = numpy.empty(size, numpy.uint8)
-            _fill(whole, entry, form, extras, arrays, name)
-            for first in range(0, size, room):
-                yield whole[first : first + room].data
-            data = buffer(nbytes).numpy()  # the one before went with the first part
-            begin = place.end
+    for places in _grouped(entry.places(), room):
+        begin, end = places[0].begin, places[-1].end
+        lead = begin % _ALIGNMENT
+        if end - begin > room:
+            data = numpy.empty(end - begin, numpy.uint8)
         else:
-            lead = begin % _ALIGNMENT - begin
-            _fill(data[lead + place.begin : lead + place.end], entry, form, extras, arrays, name)
-        end = place.end
-    if end > begin:
-        yield _part(data, begin, end)
+            data = buffer(min(room, entry.stored_nbytes) + _ALIGNMENT).numpy()[lead : lead + end - begin]
+        # All views first: what is copied leaves nothing of Python's in the processor's caches.
+        copies = [(place.end, data[place.begin - begin : place.end - begin], sources.of(place)) for place in places]
+        checked = begin
+        for last, target, source in copies:
+            _copy(target, source)
+            if last - checked >= _RUN_BYTES or last == end:
+                _check(entry, form, data[checked - begin : last - begin], checked)
+                checked = last
+        for first in range(0, end - begin, room):
+            yield data[first : first + room].data
 
 
 def cut(data: torch.Tensor) -> Iterator[memoryview]:
@@ -85,6 +81,39 @@ def cut(data: torch.Tensor) -> Iterator[memoryview]:
         yield view[first : first + BLOCK_BYTES]
 
 
+def _grouped(places: Iterable[StoredTensor], room: int) -> Iterator[list[StoredTensor]]:
+    """Tensors of a block, one block after another: no more bytes than there is room for, or a single larger one."""
+    group: list[StoredTensor] = []
+    for place in places:
+        if group and place.end - group[0].begin > room:
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
+
+
+class _Sources:
+    """An adapter's tensors as they are to lie in its range."""
+
+    def __init__(self, entry: AdapterEntry, form: AdapterForm) -> None:
+        self._modules = form.modules
+        self._dtype = entry.dtype
+        self._extras = {f"extras/{extra.name}": form.extras[extra.name] for extra in entry.extras}
+        self._arrays = _Arrays()
+
+    def of(self, place: StoredTensor) -> numpy.ndarray:
+        """The numbers of a tensor, or the zeros of a gap; a view where no cast is needed."""
+        if place.is_gap:
+            return numpy.zeros(place.shape, numpy.uint8)
+        if place.name in self._extras:
+            return self._arrays.of(self._extras[place.name])
+        path, item = place.name.rsplit("/", 1)
+        tensor: torch.Tensor = getattr(self._modules[path], item)
+        dtype = self._dtype if item in WEIGHTS else torch.float32
+        return stored(item, self._arrays.of(tensor if tensor.dtype == dtype else tensor.to(dtype)))
+
+
 class _Arrays:
     """Tensors' numbers for numpy, as whole ones of their size: it does not know bfloat16.
 
@@ -93,53 +122,37 @@ class _Arrays:
     """
 
     def __init__(self) -> None:
-        self._storages: dict[int, numpy.ndarray] = {}
+        self._storages: dict[tuple[int, int], numpy.ndarray] = {}
 
     def of(self, tensor: torch.Tensor) -> numpy.ndarray:
         """A view of a tensor; of one that is on another device, of a copy."""
         if not tensor.is_cpu:
             tensor = tensor.cpu()
         storage = tensor.untyped_storage()
-        whole = self._storages.get(storage.data_ptr())
-        if whole is None or whole.nbytes != storage.nbytes():
+        key = storage.data_ptr(), storage.nbytes()
+        whole = self._storages.get(key)
+        if whole is None:
             whole = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             if whole.nbytes > tensor.nbytes:  # of one tensor alone, it is not asked for again
-                self._storages[storage.data_ptr()] = whole
+                self._storages[key] = whole
         size = tensor.element_size()
-        strides = [size * step for step in tensor.stride()]
-        return numpy.ndarray(tensor.shape, f"i{size}", whole, size * tensor.storage_offset(), strides)
+        place = size * tensor.storage_offset()
+        if tensor.is_contiguous():
+            return numpy.ndarray(tensor.shape, _NUMBERS[size], whole, place)
+        return numpy.ndarray(tensor.shape, _NUMBERS[size], whole, place, [size * step for step in tensor.stride()])
 
 
-def _part(data: numpy.ndarray, begin: int, end: int) -> memoryview:
-    lead = begin % _ALIGNMENT
-    return data[lead : lead + end - begin].data
-
-
-def _fill(
-    target: numpy.ndarray,
-    entry: AdapterEntry,
-    form: AdapterForm,
-    extras: Mapping[str, torch.Tensor],
-    arrays: _Arrays,
-    name: str,
-) -> None:
-    """Copies a tensor into its bytes, in row-major order, and checks it."""
-    if name.startswith("~"):
-        target[:] = 0
-    elif name in extras:
-        _copy(target, arrays.of(extras[name]))
-    else:
-        path, item = name.rsplit("/", 1)
-        dtype = entry.dtype if item in WEIGHTS else torch.float32
-        tensor: torch.Tensor = getattr(form.modules[path], item)
-        array = arrays.of(tensor if tensor.dtype == dtype else tensor.to(dtype))
-        copied = _copy(target, stored(item, array))
-        if not are_finite(copied, dtype):
+def _check(entry: AdapterEntry, form: AdapterForm, data: numpy.ndarray, begin: int) -> None:
+    """Refuses NaN and Inf among bytes of the range, from a place on: many tensors at a time cost less than each."""
+    end, weights = begin + len(data), entry.layout.weights_elements * entry.dtype.itemsize
+    for first, last, dtype in ((0, weights, entry.dtype), (weights, entry.nbytes, torch.float32)):
+        first, last = max(first, begin), min(last, end)
+        if first < last and not are_finite(data[first - begin : last - begin], dtype):
             form.check_finite(entry.name)  # says which tensor
 
 
-def _copy(target: numpy.ndarray, source: numpy.ndarray) -> numpy.ndarray:
-    """Copies an array into as many bytes; gives them in the array's shape."""
+def _copy(target: numpy.ndarray, source: numpy.ndarray) -> None:
+    """Copies an array into as many bytes, in row-major order."""
     assert target.nbytes == source.nbytes
     to = target.view(source.dtype).reshape(source.shape)
     if source.ndim == 2 and source.size and not source.flags.c_contiguous:
@@ -148,4 +161,3 @@ def _copy(target: numpy.ndarray, source: numpy.ndarray) -> numpy.ndarray:
             numpy.copyto(to[:, first : first + step], source[:, first : first + step])
     else:
         numpy.copyto(to, source)
-    return to

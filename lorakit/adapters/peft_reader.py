@@ -45,9 +45,9 @@ _SHARED = re.compile(
     r"|frod_(V|s_indices|s_size)\.\w+)"
 )
 _INDICES = re.compile(
-    r".*(_topk_indices|\.(unilora_indices_[AB]|shira_indices|supertuning_indices|frod_s_(indices|size)\.\w+))"
+    r"(_topk_indices|\.(unilora_indices_[AB]|shira_indices|supertuning_indices|frod_s_(indices|size)\.\w+))\Z"
 )
-"""The keys whose tensors are whole numbers."""
+"""What keys end with whose tensors are whole numbers."""
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _AHEAD = 2  # Checkpoints that the system reads ahead.
 
@@ -163,7 +163,7 @@ def _read_folder(folder: Path, source: str) -> Checkpoint:
             "this is not a checkpoint as PEFT's save_pretrained writes it."
         )
     for key, tensor in tensors.items():
-        if tensor.dtype not in (_WHOLE if _INDICES.fullmatch(key) else WEIGHT_DTYPES):
+        if tensor.dtype not in (_WHOLE if _INDICES.search(key) else WEIGHT_DTYPES):
             raise CheckpointError(
                 f"{source}: {key} is {str(tensor.dtype).removeprefix('torch.')}; "
                 "save the adapter as float32, bfloat16 or float16."
@@ -243,23 +243,44 @@ def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """
     with safe_open(path, framework="pt") as file:
         # A file has no holes, so sizes say where tensors lie.
-        entries = [(key, (part := file.get_slice(key)).get_dtype(), part.get_shape()) for key in file.offset_keys()]
-    if any(code not in SAFETENSORS_DTYPES for _, code, _ in entries):
+        parts = [(key, file.get_slice(key)) for key in file.offset_keys()]
+    entries = [(key, (part.get_dtype(), tuple(part.get_shape()))) for key, part in parts]
+    kinds = {kind for _, kind in entries}  # a few for many tensors
+    if any(code not in SAFETENSORS_DTYPES for code, _ in kinds):
         return load_file(path)
-    dtypes = [SAFETENSORS_DTYPES[code] for _, code, _ in entries]
-    sizes = [prod(shape) * dtype.itemsize for (_, _, shape), dtype in zip(entries, dtypes, strict=True)]
+    facts = {
+        (code, shape): (dtype := SAFETENSORS_DTYPES[code], prod(shape) * dtype.itemsize, _strides(shape))
+        for code, shape in kinds
+    }
     with open(path, "rb") as opened:
         start = 8 + int.from_bytes(opened.read(8), "little")
         nbytes = os.fstat(opened.fileno()).st_size
-    if nbytes != start + sum(sizes):
+    if nbytes != start + sum(facts[kind][1] for _, kind in entries):
         raise ValueError("it changed while it was read")
-    data = torch.from_file(str(path), shared=False, size=nbytes, dtype=torch.uint8)[start:]
+    data = torch.from_file(str(path), shared=False, size=nbytes, dtype=torch.uint8)
+    # Each call of torch's for a tensor costs as much as copying kilobytes of it: one of them, where one will do.
+    dtypes = {dtype for dtype, _, _ in facts.values()}
+    wholes = {dtype: data[: nbytes - nbytes % dtype.itemsize].view(dtype) for dtype in dtypes}
     tensors = {}
-    for (key, _, shape), dtype, part in zip(entries, dtypes, data.split(sizes), strict=True):
+    for key, kind in entries:
+        (_, shape), (dtype, size, strides) = kind, facts[kind]
+        place, rest = divmod(start, dtype.itemsize)
         # The format aligns nothing; torch does.
-        aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
-        tensors[key] = aligned.view(dtype).view(shape)
+        tensors[key] = (
+            data[start : start + size].clone().view(dtype).view(shape)
+            if rest
+            else wholes[dtype].as_strided(shape, strides, place)
+        )
+        start += size
     return tensors
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """The steps of a tensor in row-major order."""
+    steps = [1]
+    for size in reversed(shape[1:]):
+        steps.append(steps[-1] * max(size, 1))
+    return steps[::-1] if shape else []
 
 
 def _read_pickle(path: Path, source: str) -> dict[str, torch.Tensor]:

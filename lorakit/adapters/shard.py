@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,7 +45,7 @@ HEADER_LIMIT = 100_000_000
 _ALIGNMENT = 64  # Where adapters begin in a shard: a cache line, and more than any kernel asks for.
 _NAME = re.compile(r"bank-([0-9]{4,9})\.safetensors")
 _SLACK = 256 << 10  # Bytes of header left for adapters that have more modules than the first of a batch.
-_SYNC_BYTES = 256 << 20  # So many bytes are written before the disk is told to take them, while more are.
+_SYNC_BYTES = 64 << 20  # So many bytes are written before the disk is told to take them, while more are.
 _METADATA = '{"__metadata__":{"format":"pt"}'
 
 
@@ -84,10 +85,11 @@ def header_entries(entry: AdapterEntry, start: int) -> str:
         start: its first byte, counted from the end of the header.
     """
     parts = []
-    for name, code, shape, begin, end in entry.tensors():
+    for name, code, shape, begin, end in entry.places():
         shape_json = ",".join(map(str, shape))
         offsets = f"{start + begin},{start + end}"
-        parts.append(f',{json.dumps(name)}:{{"dtype":"{code}","shape":[{shape_json}],"data_offsets":[{offsets}]}}')
+        quoted = encode_basestring_ascii(f"{entry.name}/{name}")
+        parts.append(f',{quoted}:{{"dtype":"{code}","shape":[{shape_json}],"data_offsets":[{offsets}]}}')
     return "".join(parts)
 
 

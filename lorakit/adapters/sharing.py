@@ -9,6 +9,8 @@ import json
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
+
 from lorakit.adapters.entry import AdapterEntry, place_extras
 from lorakit.adapters.fields import content_key, is_utf8
 from lorakit.adapters.form import AdapterForm
@@ -21,7 +23,7 @@ class Sharing:
 
     def __init__(self, index: Index) -> None:
         self._layouts: dict[Layout, Layout] = {}
-        self._by_shapes: dict[Hashable, Layout] = {}
+        self._by_shapes: dict[Hashable, tuple[Layout, torch.dtype]] = {}
         self._configs: dict[str, Mapping[str, Any]] = {}
         self._extras: dict[Any, Any] = {}
         for layout, config, extras in {
@@ -34,8 +36,7 @@ class Sharing:
 
     def entry(self, name: str, form: AdapterForm, source: str) -> AdapterEntry:
         """The entry of a form, not placed yet."""
-        layout = self._layout(form)
-        dtype = weight_dtype(form)
+        layout, dtype = self._layout(form)
         config = json.loads(json.dumps(dict(form.config)))
         extras = place_extras(form.extras, layout.nbytes(dtype))
         return AdapterEntry(
@@ -52,17 +53,15 @@ class Sharing:
             task_id=form.task_id,
         )
 
-    def _layout(self, form: AdapterForm) -> Layout:
-        """`Layout.of`, made once for all forms of the same shapes and dtypes."""
-        shapes = tuple(
-            (
-                *(path, module.kind, module.in_features, module.out_features, module.scale),
-                *((item, tensor.shape, tensor.dtype) for item, tensor in module.tensors()),
-            )
-            for path, module in form.modules.items()
-        )
-        layout = self._by_shapes.get(shapes)
-        if layout is None:
+    def _layout(self, form: AdapterForm) -> tuple[Layout, torch.dtype]:
+        """`Layout.of` and `weight_dtype`, found once for all forms of the same shapes and dtypes."""
+        shapes: list[Hashable] = []
+        for path, module in form.modules.items():
+            shapes += path, module.kind, module.in_features, module.out_features, module.scale
+            for item, tensor in module.tensors():
+                shapes += item, tensor.shape, tensor.dtype
+        key = tuple(shapes)
+        if key not in self._by_shapes:
             layout = Layout.of(form)
-            layout = self._by_shapes[shapes] = self._layouts.setdefault(layout, layout)
-        return layout
+            self._by_shapes[key] = self._layouts.setdefault(layout, layout), weight_dtype(form)
+        return self._by_shapes[key]

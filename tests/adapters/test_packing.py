@@ -51,11 +51,14 @@ def test_every_byte_is_in_its_place(monkeypatch: pytest.MonkeyPatch, name: str, 
     )
 
 
-@pytest.mark.parametrize("size", [1, packing.BLOCK_BYTES])
+@pytest.mark.parametrize(("size", "run"), [(1, 1), (packing.BLOCK_BYTES, 1), (packing.BLOCK_BYTES, 1 << 30)])
 @pytest.mark.parametrize("item", ["a", "b", "c", "d"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_what_is_not_finite_is_found(monkeypatch: pytest.MonkeyPatch, item: str, size: int, value: float) -> None:
+def test_what_is_not_finite_is_found(
+    monkeypatch: pytest.MonkeyPatch, item: str, size: int, run: int, value: float
+) -> None:
     monkeypatch.setattr(packing, "BLOCK_BYTES", size)
+    monkeypatch.setattr(packing, "_RUN_BYTES", run)
     form = odd_form(3)
     path, module = next((path, m) for path, m in form.modules.items() if getattr(m, item) is not None)
     entry = Sharing(Index("base", {})).entry("x", form, "")
@@ -67,6 +70,21 @@ def test_what_is_not_finite_is_found(monkeypatch: pytest.MonkeyPatch, item: str,
         list(blocks(entry, form))
     tensor.view(-1)[-1] = saved
     assert len(b"".join(map(bytes, blocks(entry, form)))) == entry.stored_nbytes
+
+
+@pytest.mark.parametrize("run", [1, 1 << 30])
+def test_nothing_of_a_block_that_is_not_finite_is_given(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
+    monkeypatch.setattr(packing, "_RUN_BYTES", run)
+    form = lora_form(dtype=torch.bfloat16)
+    # Bits that are no number's, and are not looked at: extras go back to PEFT as they came.
+    form = replace(form, extras={"x": torch.full((3,), torch.nan)})
+    entry = Sharing(Index("base", {})).entry("x", form, "")
+    assert sum(block.nbytes for block in blocks(entry, form)) == entry.stored_nbytes
+    path = list(form.modules)[-1]
+    form.modules[path].a[0, 0] = torch.inf
+    given = blocks(entry, form)
+    with pytest.raises(NonFiniteWeightsError, match=f"A of {path}"):
+        next(given)
 
 
 def test_tensors_that_share_a_storage_and_tensors_that_do_not() -> None:
