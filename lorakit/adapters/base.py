@@ -71,6 +71,7 @@ class BaseModel:
         embedding: the path of the input embedding, or None where the model names none.
         output: the path of the output layer, or None where the model names none.
         tied: the paths of the other modules whose weight is the input embedding's, if the model's config ties them.
+        targeted: the places that configurations target, as `methods.targets` found them: many adapters have the same.
     """
 
     def __init__(self, model: nn.Module, weights: _Weights, base_id: str) -> None:
@@ -86,6 +87,7 @@ class BaseModel:
         self.output = _path_of(model, "get_output_embeddings")
         self.quantisation = quantisation(model)
         self.parameters = {name: tuple(p.shape) for name, p in _base_parameters(model)}
+        self.targeted: dict[str, frozenset[str]] = {}
         self._weights = weights
 
     @classmethod

@@ -184,10 +184,13 @@ def _router_places_of(module: nn.Module) -> dict[str, Place]:
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()`, with each PEFT layer given as the base layer that it wraps."""
-    inner = getattr(model, "get_base_layer", None)
-    if callable(inner):  # peft.tuners.tuners_utils.BaseTunerLayer
-        yield prefix, inner()
-        return
-    yield prefix, model
-    for name, child in model.named_children():
-        yield from base_modules(child, f"{prefix}.{name}" if prefix else name)
+    waiting = [(prefix, model)]
+    while waiting:
+        path, module = waiting.pop()
+        inner = getattr(module, "get_base_layer", None)
+        if callable(inner):  # peft.tuners.tuners_utils.BaseTunerLayer
+            yield path, inner()
+            continue
+        yield path, module
+        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+        waiting += reversed(children)

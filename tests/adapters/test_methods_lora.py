@@ -460,6 +460,24 @@ def test_all_linear_leaves_out_the_classifier_where_peft_does(name, task_type):
     assert ("classifier" in adapted) == (name == "bert" and task_type is None)
 
 
+def test_what_one_configuration_targets_is_not_what_another_does():
+    common = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    configs = [
+        common,
+        {**common, "target_modules": ["q_proj"]},
+        {**common, "target_modules": "all-linear"},
+        {**common, "target_modules": None},
+        {**common, "exclude_modules": ["v_proj"]},
+        {**common, "modules_to_save": ["q_proj"]},
+        {**common, "layers_to_transform": 0},
+        {**common, "layers_to_transform": 0, "layers_pattern": "layers"},
+    ]
+    shared = BaseModel.of(base_of("llama"))
+    for config in [*configs, *configs]:
+        checkpoint = Checkpoint("tenant", config, {})
+        assert targeted(checkpoint, shared) == targeted(checkpoint, BaseModel.of(base_of("llama"))), config
+
+
 @pytest.mark.parametrize(
     "options",
     [

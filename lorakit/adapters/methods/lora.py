@@ -101,11 +101,16 @@ def _module(
     """
     source = checkpoint.source
     place = place_at(checkpoint, base, path)
-    factors = {_FACTORS[item][0]: tensor for item, tensor in items.items() if item in _FACTORS}
-    kinds = {_FACTORS[item][1] for item in items if item in _FACTORS}
-    if not kinds <= {place.kind}:
-        raise ShapeMismatchError(f"{source}: {path} is an adapter for another kind of module than its {place.kind}.")
-    if alora.is_alora(checkpoint) and place.kind == "embedding":
+    factors = {}
+    for item, tensor in items.items():
+        factor, kind = _FACTORS.get(item, (None, None))
+        if kind not in (None, place.kind):
+            raise ShapeMismatchError(
+                f"{source}: {path} is an adapter for another kind of module than its {place.kind}."
+            )
+        if factor is not None:
+            factors[factor] = tensor
+    if place.kind == "embedding" and alora.is_alora(checkpoint):
         raise UnsupportedMethodError(
             f"{source}: {alora.INVOCATION} on the embedding {path} is not served: PEFT has it for linear modules alone."
         )
@@ -117,7 +122,8 @@ def _module(
     for factor, count in blocks.items():
         expected[factor] = bdlora.packed_shape(checkpoint, path, expected[factor], count)
     for factor, tensor in factors.items():
-        check_shape(source, f"LoRA {factor.upper()} of {path}", tensor, expected[factor])
+        if tensor.shape != expected[factor]:
+            check_shape(source, f"LoRA {factor.upper()} of {path}", tensor, expected[factor])
     for factor, count in blocks.items():
         factors[factor] = bdlora.unpack(factors[factor], count)
 

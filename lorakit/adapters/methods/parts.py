@@ -18,7 +18,7 @@ from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
 from lorakit.errors import CheckpointError, ShapeMismatchError
 
-_WRAPPERS = ("base_layer", "token_adapter", "ln_tuning_layers")
+_WRAPPERS = (".base_layer.", ".token_adapter.", ".ln_tuning_layers.")
 """Attributes of PEFT's layers that hold a module of the base, or a copy of it."""
 
 
@@ -109,7 +109,7 @@ def check_shape(source: str, what: str, tensor: torch.Tensor, expected: tuple[in
     Raises:
         ShapeMismatchError: naming it.
     """
-    if tuple(tensor.shape) != expected:
+    if tensor.shape != expected:
         raise ShapeMismatchError(
             f"{source}: {what} has shape {tuple(tensor.shape)}, but its configuration and the base want {expected}."
         )
@@ -163,7 +163,7 @@ def module_form(
 def parameter_of(key: str) -> str:
     """The base's parameter that a key stands for, if it is of a whole tensor: without what PEFT puts around modules."""
     for wrapper in _WRAPPERS:
-        key = key.replace(f".{wrapper}.", ".")
+        key = key.replace(wrapper, ".")
     return key
 
 

@@ -21,9 +21,11 @@ def group_size(checkpoint: Checkpoint, a: torch.Tensor, in_features: int) -> int
     Raises:
         UnsupportedMethodError: groups of one input, where the file does not say which of the two it is.
     """
+    if not checkpoint.config.get("use_qalora"):
+        return 1
     size = checkpoint.config.get("qalora_group_size")
     size = 16 if size is None else size
-    if not checkpoint.config.get("use_qalora") or in_features % size:
+    if in_features % size:
         return 1
     if size == 1:
         raise UnsupportedMethodError(

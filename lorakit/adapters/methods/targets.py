@@ -21,6 +21,8 @@ from lorakit.adapters.peft_reader import Checkpoint
 from lorakit.adapters.places import Place
 from lorakit.errors import CheckpointError, ModuleNotFoundInBaseError
 
+_NARROWING = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+"""The options that narrow target_modules."""
 PATTERN_ERRORS = (re.error, OverflowError, RecursionError)
 """What compiling and matching an untrusted pattern can raise."""
 
@@ -71,7 +73,14 @@ def check_modules(checkpoint: Checkpoint, base: BaseModel, paths: Collection[str
 
 def targeted(checkpoint: Checkpoint, base: BaseModel) -> frozenset[str]:
     """The places that PEFT would adapt: of norms none, whatever a pattern matches."""
-    return matches(checkpoint, base, [path for path, place in base.places.items() if place.kind != "norm"])
+    try:
+        meant = repr([checkpoint.config.get(field) for field in ("task_type", "target_modules", *_NARROWING)])
+    except RecursionError as error:  # lists in lists
+        raise _no_pattern(checkpoint, error) from error
+    if meant not in base.targeted:
+        paths = [path for path, place in base.places.items() if place.kind != "norm"]
+        base.targeted[meant] = matches(checkpoint, base, paths)
+    return base.targeted[meant]
 
 
 def matches(checkpoint: Checkpoint, base: BaseModel, paths: Iterable[str]) -> frozenset[str]:
@@ -83,17 +92,20 @@ def matches(checkpoint: Checkpoint, base: BaseModel, paths: Iterable[str]) -> fr
     if isinstance(targets, str) and targets.lower() == "all-linear":
         # PEFT puts their names in its place, and only then looks at exceptions.
         targets = base.all_linear - ({base.classifier} if config.get("task_type") == "SEQ_CLS" else set())
-    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     matcher = SimpleNamespace(
-        target_modules=targets, target_parameters=None, **{field: config.get(field) for field in fields}
+        target_modules=targets, target_parameters=None, **{field: config.get(field) for field in _NARROWING}
     )
     try:
         return frozenset(path for path in paths if check_target_module_exists(matcher, path))
     except PATTERN_ERRORS as error:
-        raise CheckpointError(
-            f"{checkpoint.source}: a pattern in target_modules, exclude_modules or layers_pattern is no regular "
-            f"expression ({error}); save the adapter again."
-        ) from error
+        raise _no_pattern(checkpoint, error) from error
+
+
+def _no_pattern(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.source}: a pattern in target_modules, exclude_modules or layers_pattern is no regular "
+        f"expression ({error}); save the adapter again."
+    )
 
 
 def by_pattern(checkpoint: Checkpoint, patterns: str, default: str, path: str) -> Any:

@@ -60,7 +60,10 @@ def set_apart(checkpoint: Checkpoint, base: BaseModel) -> Apart:
     saved = saved_parameters(checkpoint, base)
     copies: dict[str, torch.Tensor] = {}
     resized: dict[str, torch.Tensor] = {}
+    within = tuple(paths)
     for key, tensor in checkpoint.tensors.items():
+        if not key.startswith(within):
+            continue
         name = parameter_of(key)
         path = name.removesuffix(".weight")
         if path not in paths or path == name or not _is_larger(tensor, base.parameters.get(name, ())):
