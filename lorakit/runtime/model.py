@@ -517,7 +517,7 @@ class MultiLoraModel(nn.Module):
             slots = self._slots(ids, starts)
             # Of adapters that do not act too: the base has not their tokens.
             layouts = [
-                slot.layout if slot is not None else None if name is None else self._stored(name).layout
+                slot.layout if slot is not None else None if name is None else self._source(self._known(name)).layout
                 for slot, name in zip(slots, ids, strict=True)
             ]
             first = prompt_of(args, kwargs, generating=generating).first if any(starts) else 0
