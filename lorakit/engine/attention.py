@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -115,7 +114,7 @@ def _with_operator(attention: Attention, implementation: str) -> Attention:
         plain = all(kwargs.get(name) is None for name in ("sliding_window", "softcap", "s_aux"))
         if cached_rows is None or not plain or query.dtype == torch.float32 or query.shape[-1] != value.shape[-1]:
             return attention(module, query, key, value, *args, **kwargs)
-        cache: PagedAttentionCache = kwargs["cache"]
+        cache: Any = kwargs["cache"]
         layer = cast(int, module.layer_idx)
         allocator = cache.layer_to_allocator[layer]
         keys, values = allocator.get_cache_for_block_table(layer)
