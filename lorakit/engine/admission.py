@@ -19,7 +19,7 @@ from lorakit.engine.request import check_added
 from lorakit.engine.residency import Residency
 from lorakit.engine.tenants import Tenants
 from lorakit.errors import DeadlineExceededError
-from lorakit.runtime.model import Adapter, MultiLoraModel
+from lorakit.runtime.model import MultiLoraModel
 from lorakit.runtime.pool import Slot
 
 LOOKAHEAD = 8
@@ -209,17 +209,13 @@ class Admission:
         self._failed.append(job)
 
     def _read_ahead(self, job: Job) -> None:
-        adapter = self._adapter(job)
-        if adapter is not None:
-            self._residency.read_ahead(adapter)
-
-    def _adapter(self, job: Job) -> Adapter | None:
         if job.adapter is None:
-            return None
+            return
         try:
-            return self._model.adapter(job.adapter)
+            adapter = self._model.adapter(job.adapter)
         except KeyError:  # it fails when it is its turn
-            return None
+            return
+        self._residency.read_ahead(adapter)
 
     def _may_be_passed(self, job: Job) -> bool:
         """Whether jobs behind one that finds no room may still take what there is."""

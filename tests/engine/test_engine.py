@@ -45,18 +45,6 @@ from lorakit.errors import (
 from lorakit.runtime import ops
 from lorakit.runtime.standing import StandingRouting
 
-
-@pytest.fixture(scope="module")
-def model():
-    return model_of()
-
-
-@pytest.fixture
-def engine(model):
-    with Engine(model, SMALL) as engine:
-        yield engine
-
-
 # What it gives
 
 

@@ -51,11 +51,6 @@ def cache_of(blocks: int, model) -> int:
     return size * blocks // 2 + 64
 
 
-@pytest.fixture(scope="module")
-def model():
-    return model_of()
-
-
 # The cache
 
 

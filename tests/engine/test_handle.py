@@ -4,32 +4,19 @@ import asyncio
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plain import REQUEST
 
 from lorakit.engine.handle import RequestHandle, Token
-from lorakit.engine.request import Request
 from lorakit.errors import DeadlineExceededError, EngineBusyError, EngineCrashedError, EngineStoppedError
 
 
 def handle_of(n=1, *, logprobs=False, ended=None, cancel=None):
-    request = Request(
-        prompt=(1,),
-        adapter=None,
-        max_new_tokens=1000,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        seed=0,
-        stop_token_ids=frozenset(),
-        stop_strings=(),
-        logprobs=logprobs,
-        n=n,
-        deadline=None,
-        tenant="",
-    )
+    request = replace(REQUEST, max_new_tokens=1000, temperature=1.0, logprobs=logprobs, n=n)
     ignore = lambda handle: None  # noqa: E731
     return RequestHandle("request-0", request, cancel or ignore, ended or ignore)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import plain
 import pytest
 import torch
 from hypothesis import given
@@ -12,25 +13,10 @@ from peft.tuners.lora.variants import calculate_alora_offsets
 from lorakit.engine import sampling
 from lorakit.engine.handle import RequestHandle
 from lorakit.engine.job import Job
-from lorakit.engine.request import Request
 from lorakit.errors import DeadlineExceededError, EngineError
 from lorakit.runtime.model import Adapter
 
-REQUEST = Request(
-    prompt=(1, 2, 3),
-    adapter="a",
-    max_new_tokens=4,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
-    stop_token_ids=frozenset({9}),
-    stop_strings=(),
-    logprobs=False,
-    n=1,
-    deadline=None,
-    tenant="a",
-)
+REQUEST = replace(plain.REQUEST, max_new_tokens=4, stop_token_ids=frozenset({9}))
 SLOT = object()
 
 

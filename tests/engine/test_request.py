@@ -7,30 +7,17 @@ from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
+import plain
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.engine.request import Request, stop_strings, stop_tokens, token_ids
+from lorakit.engine.request import stop_strings, stop_tokens, token_ids
 from lorakit.errors import RequestError
 
 VOCABULARY = 1000
-REQUEST = Request(
-    prompt=(1, 2, 3),
-    adapter="a",
-    max_new_tokens=8,
-    temperature=0.5,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
-    stop_token_ids=frozenset(),
-    stop_strings=(),
-    logprobs=False,
-    n=1,
-    deadline=None,
-    tenant="a",
-)
+REQUEST = replace(plain.REQUEST, temperature=0.5)
 HUGE = 10**5000  # too long for repr
 
 BAD = {

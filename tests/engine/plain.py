@@ -1,0 +1,19 @@
+"""A request of which nothing is special."""
+
+from lorakit.engine.request import Request
+
+REQUEST = Request(
+    prompt=(1, 2, 3),
+    adapter="a",
+    max_new_tokens=8,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    seed=0,
+    stop_token_ids=frozenset(),
+    stop_strings=(),
+    logprobs=False,
+    n=1,
+    deadline=None,
+    tenant="a",
+)
