@@ -12,7 +12,7 @@ import torch
 import transformers
 from architectures import ARCHITECTURES
 from packaging.version import Version
-from transformers import GenerationConfig
+from transformers import GenerationConfig, modeling_flash_attention_utils
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import cache as cache_module
 from transformers.generation.continuous_batching import continuous_api as api
@@ -42,6 +42,8 @@ SIGNATURES = {
     cache_module.PagedAttentionCache.search_prefix_match: "request_id prompt_ids",
     cache_module.PagedAttentionCache.mark_complete_blocks: "state complete_blocks",
     cache_allocator.CacheAllocator.match_prefix_blocks: "prompt_ids",
+    cache_allocator.CacheAllocator.get_cache_for_block_table: "layer_idx",
+    modeling_flash_attention_utils.lazy_import_flash_attention: "implementation attention_wrapper allow_all_kernels",
     cache_allocator.CacheAllocator.mark_complete_blocks: "request_id token_ids new_new_blocks",
     model_runner.ModelRunner.__init__: ("logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs"),
     model_runner.ModelRunner.compute_batch: "model batch_data",
