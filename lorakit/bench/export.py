@@ -54,15 +54,11 @@ def run(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="lorakit-bench-") as place:
             sources = _sources(Path(place) / "sources", count, RANK, getattr(torch, dtype))
             results[dtype] = _rounds(sources, base)
-        for state, found in results[dtype]["states"].items():
-            numbers = [f"{found[name]['median']:.2f}" for name in ("export_GB_per_s", "cp_GB_per_s", "ratio")]
-            rows.append([f"{dtype}, {state}", *numbers])
+        rows += _rows(dtype, results[dtype])
     with tempfile.TemporaryDirectory(prefix="lorakit-bench-") as place:
         sources = _sources(Path(place) / "sources", MANY, RANK, torch.bfloat16)
         results["many"] = _rounds(sources, base, states=STATES[1:], rounds=MANY_ROUNDS)
-    many = results["many"]["states"][STATES[1]]
-    numbers = [f"{many[name]['median']:.2f}" for name in ("export_GB_per_s", "cp_GB_per_s", "ratio")]
-    rows.append([f"{MANY} in bfloat16, {STATES[1]}", *numbers])
+    rows += _rows(f"{MANY} in bfloat16", results["many"])
     with tempfile.TemporaryDirectory(prefix="lorakit-bench-") as place:
         sources = _sources(Path(place) / "sources", max(COUNTS), COUNTS_RANK, torch.bfloat16)
         results["by_number"] = _by_number(sources, base)
@@ -73,6 +69,14 @@ def run(folder: Path) -> None:
         for count, found in results["by_number"]["adapters"].items()
     ]
     show("Exporting adapters of a 7B Llama", ["", "export GB/s", "cp GB/s", "median ratio"], rows, path)
+
+
+def _rows(what: str, found: dict[str, Any]) -> list[list[str]]:
+    names = ("export_GB_per_s", "cp_GB_per_s", "ratio")
+    return [
+        [f"{what}, {state}", *(f"{numbers[name]['median']:.2f}" for name in names)]
+        for state, numbers in found["states"].items()
+    ]
 
 
 def _sources(folder: Path, count: int, rank: int, dtype: torch.dtype) -> list[Path]:
