@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -48,6 +48,7 @@ class NewFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._temporary = path.with_name(path.name + TEMPORARY)
+        self._end = 0
         with writing(path):
             self._handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
@@ -67,16 +68,29 @@ class NewFile:
                 count = os.pwrite(self._handle, view[:_WRITE_BYTES], offset)
                 view = view[count:]
                 offset += count
+        self._end = max(self._end, offset)
 
-    def sync(self) -> None:
-        """Puts the bytes on the disk."""
+    def sync(self, keep: int | None = None) -> None:
+        """Puts the bytes on the disk.
+
+        Args:
+            keep: so many of the last bytes written stay in the page cache; None: all of them.
+        """
+        end = self._end
         with writing(self.path):
             os.fsync(self._handle)
+        if keep is not None and end > keep and hasattr(os, "posix_fadvise"):  # not on every system
+            with suppress(OSError):  # it was advice
+                os.posix_fadvise(self._handle, 0, end - keep, os.POSIX_FADV_DONTNEED)
 
-    def commit(self) -> None:
-        """Puts the bytes on the disk, then gives the file its name; `sync_folder` makes the name last."""
+    def commit(self, keep: int | None = None) -> None:
+        """Puts the bytes on the disk, then gives the file its name; `sync_folder` makes the name last.
+
+        Args:
+            keep: as in `sync`.
+        """
         # Bytes first: a name that survives a power cut must not lead to bytes that did not.
-        self.sync()
+        self.sync(keep)
         with writing(self.path):
             self.close()
             os.replace(self._temporary, self.path)

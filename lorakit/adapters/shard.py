@@ -46,6 +46,11 @@ _ALIGNMENT = 64  # Where adapters begin in a shard: a cache line, and more than 
 _NAME = re.compile(r"bank-([0-9]{4,9})\.safetensors")
 _SLACK = 256 << 10  # Bytes of header left for adapters that have more modules than the first of a batch.
 _SYNC_BYTES = 64 << 20  # So many bytes are written before the disk is told to take them, while more are.
+_KEPT_BYTES = 1 << 30
+"""What was written last stays in the page cache, for whoever serves it next; no more of it. A large bank would push out
+everything else, and the system copies faster into pages that it has just had back than into ever new ones.
+"""
+
 _METADATA = '{"__metadata__":{"format":"pt"}'
 
 
@@ -131,9 +136,9 @@ class _Shard:
 
     def sync(self) -> None:
         """Puts on the disk what was written so far."""
-        self._file.sync()
+        self._file.sync(_KEPT_BYTES)
 
-    def commit(self, syncs: Sequence[Future[None]]) -> ShardFacts:
+    def commit(self, syncs: Sequence[Future[None]], *, is_last: bool) -> ShardFacts:
         """Writes the header and gives the file its name; raises what syncs before raised."""
         for sync in syncs:
             sync.result()
@@ -141,7 +146,7 @@ class _Shard:
         header = ("".join(self._header) + "}").encode("ascii").ljust(area)
         assert len(header) == area
         self._file.write(area.to_bytes(8, "little") + header, 0)
-        self._file.commit()
+        self._file.commit(_KEPT_BYTES if is_last else 0)
         return ShardFacts(self.data_start + self._end, self.payload)
 
     def close(self) -> None:
@@ -207,7 +212,7 @@ class ShardSeries:
         is_open = len(self._shards) > len(self._facts)
         placed = self._shards[-1].place(entry, self._shard_bytes) if is_open else None
         if placed is None:
-            self._close_shard()
+            self._close_shard(is_last=False)
             self._open_shard(entry, more, longest_name)
             placed = self._shards[-1].place(entry, self._shard_bytes)
         assert placed is not None, "a new shard takes the adapter it was sized for"
@@ -224,7 +229,7 @@ class ShardSeries:
         Returns:
             The entries in the order added, with shard, offset and hash; and the new shards' facts.
         """
-        self._close_shard()
+        self._close_shard(is_last=True)
         return self._entries, {name: facts.result() for name, facts in self._facts.items()}
 
     def _written(self, entry: AdapterEntry, digest: blake3) -> None:
@@ -237,11 +242,11 @@ class ShardSeries:
         if self._progress:
             self._progress(entry.name, entry.stored_nbytes)
 
-    def _close_shard(self) -> None:
+    def _close_shard(self, *, is_last: bool) -> None:
         self._pipeline.finish()
         if len(self._shards) > len(self._facts):
             shard = self._shards[-1]
-            self._facts[shard.path.name] = self._syncer.submit(shard.commit, self._syncs)
+            self._facts[shard.path.name] = self._syncer.submit(shard.commit, self._syncs, is_last=is_last)
             self._syncs = []
 
     def _open_shard(self, entry: AdapterEntry, more: int, longest_name: int) -> None:

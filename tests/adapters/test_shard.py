@@ -185,3 +185,23 @@ def test_a_sync_that_failed_meanwhile_is_not_forgotten(tmp_path: Path, monkeypat
     with pytest.raises(BankError, match="Input/output error"):
         write(tmp_path, {f"t-{index}": lora_form(index) for index in range(5)})
     assert calls and not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+def test_only_the_end_stays_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, dropped = 1000, {}
+    real = os.posix_fadvise
+
+    def note(handle: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, advice) == (0, os.POSIX_FADV_DONTNEED)
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{handle}")).removesuffix(".tmp")
+        dropped[name] = max(length, dropped.get(name, 0))
+        real(handle, offset, length, advice)
+
+    monkeypatch.setattr(shard, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    form = lora_form()
+    forms = {f"t-{index}": lora_form(index) for index in range(6)}
+    _, facts = write(tmp_path, forms, shard_bytes=3 * entry_of("t", form).stored_nbytes)
+    first, second = (tmp_path / name for name in facts)
+    assert dropped == {first.name: first.stat().st_size, second.name: second.stat().st_size - kept}
