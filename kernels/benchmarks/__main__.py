@@ -16,7 +16,7 @@ from pathlib import Path
 
 from timing import need_gpu
 
-NAMES = ("decode_layer", "one_operator", "mixed_ranks", "prefill_layer")
+NAMES = ("decode_layer", "one_operator", "mixed_ranks", "prefill_layer", "base_products")
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+import base_products
 import torch
 from decode_layer import base_work, chained_work
 from ours import with_tiles
@@ -31,9 +32,9 @@ from shapes import LAYER, Batch, Group, Shape, layer, layer_xs
 from timing import Graph, added, capture, median, need_gpu
 
 from lorakit_kernels import tuning
-from lorakit_kernels.tuning import Decode, Prefill, Tiles
+from lorakit_kernels.tuning import Decode, Dense, Prefill, Tiles
 
-Tile = TypeVar("Tile", Decode, Prefill)
+Tile = TypeVar("Tile", Decode, Prefill, Dense)
 RANK, REPEATS = 16, 11
 WORKERS, WORKER_BYTES = 12, 4 << 30
 CROSSOVER = (16, 32, 64, 128, 256)
@@ -49,6 +50,7 @@ class Case:
     layers: int = 4
 
 
+DENSE_TOKENS = (1, 8, 32)
 DECODE = (Case(1, 1, 1), Case(8, 1, 8), Case(32, 1, 32), Case(32, 1, 1))
 PREFILL = (Case(8, 1024, 8, layers=1),)
 DECODE_STAGES: tuple[dict[str, tuple[int, ...]], ...] = (
@@ -93,7 +95,7 @@ def main() -> None:
     with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
         decode = tuned(pool, start.decode, DECODE_STAGES, DECODE)
         prefill = tuned(pool, start.prefill, PREFILL_STAGES, PREFILL)
-        tiles = Tiles(crossover(pool, decode, prefill), decode, prefill, start.prefill_wide)
+        tiles = Tiles(crossover(pool, decode, prefill), decode, prefill, start.prefill_wide, dense(pool))
     name = tuning.file_name(torch.cuda.get_device_name())
     for path in [folder / name] + ([options.out / name] if options.out else []):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,23 @@ def tuned(pool: Executor, tile: Tile, stages: Sequence[dict[str, tuple[int, ...]
     return tile
 
 
+def dense(pool: Executor) -> Dense | None:
+    """The best tiles for the base's own products of siblings, and for how many tokens they beat cuBLAS's."""
+    grid = product((32, 64, 128), (64, 128), (4, 8), (3, 4, 6))
+    candidates = [Dense(max(base_products.TOKENS), *sizes) for sizes in grid]
+    list(pool.map(base_products.compile_joined, candidates))
+    names = [field.name for field in dataclasses.fields(Dense)][1:]
+    best = fastest(candidates, lambda tile: sum(base_products.joined(tokens, tile) for tokens in DENSE_TOKENS), names)
+    most = 0
+    for tokens in base_products.TOKENS:
+        us = base_products.joined(tokens, best), base_products.apart(tokens)
+        print(f"{tokens} tokens: joined {us[0]:.2f} us, apart {us[1]:.2f} us", flush=True)
+        if us[0] > us[1]:
+            break
+        most = tokens
+    return dataclasses.replace(best, tokens=most) if most else None
+
+
 def together(timers: Sequence[Timer], tile: Decode | Prefill) -> float:
     return sum(timer(tile) for timer in timers)
 
@@ -122,7 +141,7 @@ def grid(tile: Tile, stage: dict[str, tuple[int, ...]]) -> Iterator[Tile]:
     yield tile
     for values in product(*stage.values()):
         other = dataclasses.replace(tile, **dict(zip(stage, values, strict=True)))
-        if other != tile and (isinstance(other, Decode) or other.split_k % other.block_k == 0):
+        if other != tile and (not isinstance(other, Prefill) or other.split_k % other.block_k == 0):
             yield other
 
 

@@ -275,7 +275,7 @@ class Runner(ModelRunner):
         super().__init__(*args, **kwargs)
         self.model, self.admission = model, admission
         self.steps = self.segments = 0
-        self.warming: Standing | None = None
+        self._stand_in: Standing | None = None
         self._can_replay = True
         self._serving: Callable[[], AbstractContextManager[None]] = nullcontext
         # The base alone is compiled: transformers would compile it anew for each way of drawing tokens.
@@ -297,7 +297,7 @@ class Runner(ModelRunner):
         kept = self._kept(batch_data["logits_indices"].shape[0]) if self.supports_logits_to_keep(model) else None
         with self._stream():
             self.model.pool.wait(self.admission.fresh())
-            standing = self.warming or self.model.standing(slots, **self._most())
+            standing = self._stand_in or self.model.standing(slots, **self._most())
             if standing is not None:
                 standing.set(slots, kept)
         # What is made for one batch cannot be replayed, and the first forward only sees who are siblings.
@@ -319,16 +319,24 @@ class Runner(ModelRunner):
     @torch.no_grad()
     def warm_up(self, model: nn.Module) -> None:
         """Captures graphs for the adapters that the model serves now, beside those without any."""
-        self.warmup(model)
-        if self.use_cuda_graph_varlen or self.use_cuda_graph_decode:
-            for standing in self.model.standings(**self._most()):
-                self.warming = standing
-                try:
-                    self.run_one_warmup(model, num_q_tokens=1, max_kv_read=None)  # shows who are siblings
-                    self.warmup(model)
-                finally:
-                    self.warming = None
+        has_graphs = self.use_cuda_graph_varlen or self.use_cuda_graph_decode
+        standings = self.model.standings(**self._most()) if has_graphs else []
+        for standing in standings:
+            with self._warming(standing):
+                self.run_one_warmup(model, num_q_tokens=1, max_kv_read=None)  # shows who are siblings
+        for other in (None, *standings):
+            with self._warming(other):
+                self.warmup(model)
         self.steps = self.segments = 0
+
+    @contextmanager
+    def _warming(self, standing: Standing | None) -> Iterator[None]:
+        """Batches inside are served by this one, as if their tokens had adapters."""
+        self._stand_in = standing
+        try:
+            yield
+        finally:
+            self._stand_in = None
 
     def _capture_graph(self, *args: Any) -> None:
         with _no_collection():

@@ -355,11 +355,13 @@ class MultiLoraModel(nn.Module):
         with self._lock:
             self._check_not_lent()
             self._lent = True
+            self._let_join(self._siblings.values())
         try:
             yield
         finally:
             with self._lock:
                 self._lent = False
+                self._let_join(self._siblings.values())
                 self._last = self._asked = None
                 self._stands, self._stood, self._standing = {}, set(), {}
 
@@ -631,8 +633,15 @@ class MultiLoraModel(nn.Module):
             for group in groups:
                 group.batch = None
                 group.forget()
-            for group in self._finder.found():
-                self._siblings |= {module.path: group for module in group.modules}
+            found = list(self._finder.found())
+            self._siblings |= {module.path: group for group in found for module in group.modules}
+            self._let_join(found)
+
+    def _let_join(self, groups: Iterable[Siblings]) -> None:
+        """Only in an engine, which promises no bits, may siblings' own products be one launch."""
+        joins = self._lent and ops.has_kernels(self.device, self.dtype)
+        for group in groups:
+            group.joins = joins
 
     @contextmanager
     def _masked(self, batch: Batch) -> Iterator[None]:

@@ -19,6 +19,7 @@ from lorakit_kernels.stacked import Stack, Whole, replaced, stacked_lora
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
+    from lorakit_kernels.linear import can_join, linears
     from lorakit_kernels.sgmv import expand_, lookup, replace_, shrink
 
 __all__ = [
@@ -29,9 +30,11 @@ __all__ = [
     "WORDS",
     "Stack",
     "Whole",
+    "can_join",
     "entry_words",
     "expand_",
     "has_kernels",
+    "linears",
     "lookup",
     "plan",
     "replace_",

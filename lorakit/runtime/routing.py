@@ -99,11 +99,13 @@ class Routing:
         self._replace(module, y, x)
         return self._widened(module, y, x)
 
-    def forward(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs of siblings. See `siblings.GroupBatch`."""
+    def add_together(
+        self, modules: Sequence[AdaptedModule], ys: Sequence[torch.Tensor], x: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Adds the adapters' shares at siblings. See `siblings.GroupBatch`."""
         for module in modules:
             module.check_rows(x, self.rows)
-        ys = [module.base(x).contiguous() for module in modules]
+        ys = [y.contiguous() for y in ys]
         self._expand(modules, ys, self._shrink(modules, x))
         for module, y in zip(modules, ys, strict=True):
             self._replace(module, y, x)

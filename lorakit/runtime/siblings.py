@@ -1,20 +1,22 @@
 """Siblings: modules that are given the same input (q, k and v; gate and up), served by the same two launches.
 
 Nothing is known of names: who they are is seen in a batch's first forward, and checked again at every call. The first
-of them to be called computes all their products and all their adapters' shares; the others find theirs done. Knows
-modules and a batch; no adapter.
+of them to be called computes all their products and all their adapters' shares; the others find theirs done. Where
+bits need not be the base's own, one launch computes the products too (`ops.linears`), also in a batch without adapters.
+Knows modules and a batch; no adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from torch import nn
 
+from lorakit.runtime import ops
 from lorakit.runtime.layers import AdaptedModule
-from lorakit.runtime.ops import MOST_SIBLINGS
 
 
 class GroupBatch(Protocol):
@@ -23,8 +25,10 @@ class GroupBatch(Protocol):
     def add(self, module: AdaptedModule, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """See `layers.Batch`."""
 
-    def forward(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs (..., out) of modules that are given x (..., in), their adapters' shares added."""
+    def add_together(
+        self, modules: Sequence[AdaptedModule], ys: Sequence[torch.Tensor], x: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Adds the adapters' shares at modules that were given x (..., in) and returned ys (..., out)."""
 
 
 class Siblings:
@@ -33,13 +37,16 @@ class Siblings:
     Attributes:
         modules: the siblings.
         batch: the batch now in the model, if one of its adapters touches one of them.
+        joins: whether one launch may compute their products, whose bits may then not be the base's own.
     """
 
     def __init__(self, modules: Sequence[AdaptedModule]) -> None:
         """Takes the modules' forwards over."""
-        assert 1 <= len(modules) <= MOST_SIBLINGS
+        assert 1 <= len(modules) <= ops.MOST_SIBLINGS
         self.modules = tuple(modules)
         self.batch: GroupBatch | None = None
+        self.joins = False
+        self._plain = _are_plain(modules)
         self._together = True
         self._x: torch.Tensor | None = None
         self._version: int | None = None
@@ -55,11 +62,14 @@ class Siblings:
     def _forward(self, index: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The forward of one of the modules."""
         module, batch = self.modules[index], self.batch
-        if batch is None:
+        if batch is None and not self.joins:
+            return module.base(*args, **kwargs)
+        x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+        if batch is None and not self._can_join(x):
             return module.base(*args, **kwargs)
         if len(args) + len(kwargs) != 1:
-            return batch.add(module, module.base(*args, **kwargs), args[0] if args else next(iter(kwargs.values())))
-        x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+            y = module.base(*args, **kwargs)
+            return y if batch is None else batch.add(module, y, x)
         if self._x is x and self._version == version(x) and index in self._done:
             y = self._done.pop(index)
             if not self._done:
@@ -70,11 +80,38 @@ class Siblings:
             self._together = False
             self.forget()
         if not self._together:
-            return batch.forward([module], x)[0]
-        ys = batch.forward(self.modules, x)
+            return self._outputs([module], x)[0]
+        ys = self._outputs(self.modules, x)
         self._done = {other: y for other, y in enumerate(ys) if other != index}
         self._x, self._version = (x, version(x)) if self._done else (None, None)
         return ys[index]
+
+    def _outputs(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
+        ys = self._joined(x) if len(modules) > 1 and self._can_join(x) else [module.base(x) for module in modules]
+        return ys if self.batch is None else self.batch.add_together(modules, ys, x)
+
+    def _can_join(self, x: torch.Tensor) -> bool:
+        return self.joins and self._plain and self._together and ops.can_join(x, self._weights)
+
+    def _joined(self, x: torch.Tensor) -> list[torch.Tensor]:
+        biases = [cast(torch.Tensor, module.module.bias) for module in self.modules if module.module.bias is not None]
+        ys = ops.linears(x.reshape(-1, x.shape[-1]).contiguous(), self._weights, biases)
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+    @property
+    def _weights(self) -> list[torch.Tensor]:
+        return [cast(torch.Tensor, module.module.weight) for module in self.modules]
+
+
+def _are_plain(modules: Sequence[AdaptedModule]) -> bool:
+    """Whether modules compute what their weights say and nothing else: not quantised, wrapped or parametrised."""
+    plain = all(
+        type(module.module) is nn.Linear
+        and getattr(module.base, "__func__", None) is nn.Linear.forward
+        and type(module.module.weight) is nn.Parameter
+        for module in modules
+    )
+    return plain and len({module.module.bias is None for module in modules}) == 1
 
 
 def version(x: torch.Tensor) -> int | None:
@@ -98,7 +135,7 @@ class SiblingFinder:
             self._x = None  # called twice: what follows is no longer the first forward
             return
         self._seen.add(id(module.module))
-        if self._x is not x or self._version != version(x) or len(self._runs[-1]) == MOST_SIBLINGS:
+        if self._x is not x or self._version != version(x) or len(self._runs[-1]) == ops.MOST_SIBLINGS:
             self._runs.append([])
         self._runs[-1].append(module)
         self._x, self._version = x, version(x)

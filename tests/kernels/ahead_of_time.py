@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from lorakit_kernels import arguments, decode, embedding, entries, prefill, tuning, whole
+from lorakit_kernels import arguments, decode, dense, embedding, entries, prefill, tuning, whole
 from lorakit_kernels.plan import COLUMNS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -128,6 +128,16 @@ def whole_embedding(case, tiles):
     whole.embedding(ids, ys[0], table, rows, columns[0], case.weight)
 
 
+def dense_products(case, tiles):
+    if tiles.dense is None or case.x == FP32 or case.sizes[0] % tiles.dense.block_k:
+        return
+    for tokens in (1, 17, tiles.dense.tokens):
+        x, ys, *_ = operands(case, 8, tokens, 1)
+        weights = [tensor(y.shape[-1], x.shape[-1], dtype=case.x) for y in ys]
+        biases = [tensor(y.shape[-1], dtype=case.x) for y in ys] if case.siblings > 1 else []
+        dense.products(x, weights, biases, ys, tiles.dense)
+
+
 KERNELS = {
     "decode.shrink": (decode, "shrink_kernel", decode_shrink),
     "decode.expand": (decode, "expand_kernel", decode_expand),
@@ -135,6 +145,7 @@ KERNELS = {
     "prefill.expand": (prefill, "expand_kernel", prefill_expand),
     "embedding.lookup": (embedding, "lookup_kernel", embedding_lookup),
     "whole.linear": (whole, "linear_kernel", whole_linear),
+    "dense.products": (dense, "products_kernel", dense_products),
     "whole.embedding": (whole, "embedding_kernel", whole_embedding),
 }
 
@@ -212,7 +223,7 @@ def main():
                     call(case, tuning.read(path))
                 finally:
                     setattr(module, attribute, original)
-                assert compiled.binaries, "nothing was launched"
+                assert compiled.binaries or name == "dense.products", "nothing was launched"
                 for binary in compiled.binaries:
                     used = usage(binary)
                     used["SHARED"] = binary.metadata.shared

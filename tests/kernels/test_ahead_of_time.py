@@ -13,7 +13,7 @@ KERNELS = [
     ("prefill.shrink",),
     # Lookups are compiled in an instant, and have no tiles.
     ("prefill.expand", "embedding.lookup", "whole.embedding"),
-    ("whole.linear",),
+    ("whole.linear", "dense.products"),
 ]
 
 

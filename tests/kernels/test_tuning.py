@@ -7,7 +7,7 @@ import torch
 
 from lorakit_kernels import sgmv, tuning
 from lorakit_kernels.prefill import block_r
-from lorakit_kernels.tuning import Tiles, file_name, read, tiles, write
+from lorakit_kernels.tuning import Dense, Tiles, file_name, read, tiles, write
 
 FILES = sorted(tuning._FOLDER.glob("*.json"))
 
@@ -39,16 +39,22 @@ def test_files_suit_the_kernels(path):
     # What a matrix unit multiplies at least.
     assert min(many.block_m, many.block_k, many.block_n, block_r(sgmv.RANKS, 4, torch.float32)) >= 16
     assert many.split_k % many.block_k == 0
+    if sizes.dense is not None:
+        own = dataclasses.asdict(sizes.dense)
+        assert all(size >= 1 and (size & (size - 1) == 0 or name == "stages") for name, size in own.items())
+        assert min(sizes.dense.block_n, sizes.dense.block_k) >= 16
     assert max(decode.shrink_warps, decode.expand_warps, many.shrink_warps, many.expand_warps) <= 32
 
 
-def test_what_is_written_is_read(tmp_path):
+@pytest.mark.parametrize("dense", [None, Dense(64, 32, 128, 4, 3)])
+def test_what_is_written_is_read(tmp_path, dense):
     fallback = read(tuning._FOLDER / "fallback.json")
     sizes = Tiles(
         decode_tokens=7,
         decode=dataclasses.replace(fallback.decode, block_k=1024),
         prefill=dataclasses.replace(fallback.prefill, block_m=128),
         prefill_wide=dataclasses.replace(fallback.prefill, block_m=16),
+        dense=dense,
     )
     write(tmp_path / "some.json", sizes)
     assert read(tmp_path / "some.json") == sizes != fallback

@@ -8,6 +8,7 @@ What needs Triton is imported when first used.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .entries import entry
@@ -15,15 +16,25 @@ from .plan import plan
 from .stacked import Stack, Whole, replaced, stacked_lora
 
 if TYPE_CHECKING:
+    from .linear import can_join, linears
     from .sgmv import expand_, lookup, replace_, shrink
 
-_BY_TRITON = ("expand_", "lookup", "replace_", "shrink")
+_BY_TRITON = {
+    "can_join": "linear",
+    "expand_": "sgmv",
+    "linears": "linear",
+    "lookup": "sgmv",
+    "replace_": "sgmv",
+    "shrink": "sgmv",
+}
 
 __all__ = [
     "Stack",
     "Whole",
+    "can_join",
     "entry",
     "expand_",
+    "linears",
     "lookup",
     "plan",
     "replace_",
@@ -35,9 +46,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _BY_TRITON:
-        from . import sgmv
-
-        return globals().setdefault(name, getattr(sgmv, name))
+        module = importlib.import_module(f".{_BY_TRITON[name]}", __name__)
+        return globals().setdefault(name, getattr(module, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -75,6 +75,25 @@ class Prefill:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dense:
+    """Tiles of the base's own products.
+
+    Attributes:
+        tokens: up to so many tokens they take.
+        block_n: channels a program takes.
+        block_k: columns of a step; the width is a multiple.
+        warps: warps a program.
+        stages: steps that are loaded ahead.
+    """
+
+    tokens: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Tiles:
     """All tile sizes of a GPU.
 
@@ -83,12 +102,14 @@ class Tiles:
         decode: their tiles.
         prefill: the tiles of what is longer, for the common case: bf16 throughout, or fp16 up to rank 16.
         prefill_wide: the same for all else: smaller tiles, so that fp32's products stay in registers.
+        dense: the tiles of the base's own products; None where cuBLAS's are as fast, or nobody has measured.
     """
 
     decode_tokens: int
     decode: Decode
     prefill: Prefill
     prefill_wide: Prefill
+    dense: Dense | None = None
 
     def for_prefill(self, values: Tensor, weight: torch.dtype, max_rank: int) -> Prefill:
         """The prefill kernels' tiles for x or y of this shape and dtype."""
@@ -115,7 +136,8 @@ def read(path: Path) -> Tiles:
     """Reads a data file."""
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     prefill, wide = (Prefill(**value[name]) for name in ("prefill", "prefill_wide"))
-    return Tiles(value["decode_tokens"], Decode(**value["decode"]), prefill, wide)
+    dense = Dense(**value["dense"]) if value["dense"] is not None else None
+    return Tiles(value["decode_tokens"], Decode(**value["decode"]), prefill, wide, dense)
 
 
 def write(path: Path, tiles: Tiles) -> None:
