@@ -8,7 +8,7 @@ Knows modules and a batch; no adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -106,12 +106,17 @@ class Siblings:
 def _are_plain(modules: Sequence[AdaptedModule]) -> bool:
     """Whether modules compute what their weights say and nothing else: not quantised, wrapped or parametrised."""
     plain = all(
-        type(module.module) is nn.Linear
-        and getattr(module.base, "__func__", None) is nn.Linear.forward
-        and type(module.module.weight) is nn.Parameter
+        type(module.module) is nn.Linear and _is_own(module.base) and type(module.module.weight) is nn.Parameter
         for module in modules
     )
     return plain and len({module.module.bias is None for module in modules}) == 1
+
+
+def _is_own(forward: Callable[..., Any]) -> bool:
+    """Whether a forward is the class's own; or another model's on the same base, which is not in use meanwhile."""
+    if isinstance(forward, partial) and isinstance(other := getattr(forward.func, "__self__", None), Siblings):
+        return _is_own(other.modules[forward.args[0]].base)
+    return getattr(forward, "__func__", None) is nn.Linear.forward
 
 
 def version(x: torch.Tensor) -> int | None:

@@ -21,7 +21,7 @@ def model(monkeypatch):
     """In bfloat16, on a device that has kernels and tiles for the base's products."""
     monkeypatch.setattr(ops, "has_kernels", lambda *_: True)
     monkeypatch.setattr(linear, "tiles", lambda device: replace(tuning.tiles(device), dense=SMALL))
-    monkeypatch.setattr(ops, "can_join", lambda x, weights: 2 <= len(weights) and dense.fits(x, SMALL))
+    monkeypatch.setattr(ops, "can_join", lambda x, weights: len(weights) >= 2 and dense.fits(x, SMALL))
     architecture = ARCHITECTURES["llama"]
     base = architecture.build()
     model = MultiLoraModel(copy.deepcopy(base).to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16))
@@ -75,6 +75,17 @@ def test_siblings_that_an_engine_shows_first_join_too(model, joined):
         assert not joined
         logits(model, None)
         assert joined
+
+
+def test_another_model_on_the_same_base_is_no_hindrance(model, joined):
+    logits(model, "a")
+    second = MultiLoraModel(model.model)
+    second.load_adapter("a", adapt(ARCHITECTURES["llama"].build(), 1, target_modules=TARGETS))
+    own = logits(second, "a")
+    with second.lent():
+        found = logits(second, "a")
+    assert joined == [3, 2] * model.config.num_hidden_layers
+    assert (found - own).float().norm() < 0.05 * own.float().norm()
 
 
 def test_a_module_that_computes_more_than_its_weights_say_is_left_alone(model, joined):
