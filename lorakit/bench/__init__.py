@@ -13,6 +13,8 @@ BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "bank-open": bank_open.run,
     "adapter-load": adapter_load.run,
     "engine-step": engine_step.run,
+    "engine-step-8b": engine_step.run_8b,
+    "engine-step-13b": engine_step.run_13b,
     "engine-workloads": engine_workloads.run,
     "export": export.run,
 }
