@@ -119,7 +119,8 @@ def _systems(
         mixes["distinct adapters"] = names
     asked = prompts(batch, steps.prompt, llama.vocabulary)
     model = MultiLoraModel(base, bank)
-    with Engine(model, engine_config(batch, _cache(llama, steps, batch), level=level)) as engine:
+    cache = llama.cache_bytes(batch, steps.prompt + steps.long)
+    with Engine(model, engine_config(batch, cache, base.device, level=level)) as engine:
         for name, mix in mixes.items():
             yield f"lorakit, {name}", _times(partial(serve_rows, engine, asked, mix), steps)
     del model, engine
@@ -156,11 +157,6 @@ def _times(serve: Serve, steps: Steps) -> list[float]:
     for tokens in (steps.short, steps.long, steps.short):
         serve(tokens)
     return [step_ms(serve, steps.short, steps.long) for _ in range(steps.runs)]
-
-
-def _cache(llama: Llama, steps: Steps, batch: int) -> int:
-    """Bytes of the key-value cache: a block more than each row needs."""
-    return llama.cache_bytes(batch, steps.prompt + steps.long) + llama.cache_bytes(batch, 1)
 
 
 def _free() -> None:

@@ -52,7 +52,7 @@ class Workload(NamedTuple):
     contents: int = CONTENTS
     liger: bool = True
     level: int = 0
-    tokens: int = 1280
+    tokens: int = 1024
     longest: int | None = None
     seed: int = 0
 
@@ -98,10 +98,8 @@ def measure(llama: Llama, workload: Workload, device: torch.device) -> Iterator[
     bank = RandomBank(base, adapters, rank=llama.rank, dtype=llama.dtype, contents=contents)
     model = MultiLoraModel(base, bank, adapter_memory=_adapter_memory(bank, workload.batch))
     bank.hold_in_host(model)
-    with Engine(
-        model,
-        engine_config(workload.batch, llama.cache_bytes(workload.batch, workload.tokens), level=workload.level),
-    ) as engine:
+    cache = llama.cache_bytes(workload.batch, workload.tokens)
+    with Engine(model, engine_config(workload.batch, cache, device, level=workload.level)) as engine:
         for count, popularity in enumerate(workload.popularities):
             asked = cut(_asked(workload, popularity), workload.longest)
             if not count:  # once beforehand, for what is compiled and captured on the way

@@ -60,17 +60,17 @@ def allow_compiling() -> None:
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
 
 
-def engine_config(rows: int, cache: int, *, level: int = 0) -> EngineConfig:
+def engine_config(rows: int, cache: int, device: torch.device, *, level: int = 0) -> EngineConfig:
     """An engine for so many rows.
 
     Args:
         rows: of a batch.
-        cache: bytes of the key-value cache.
+        cache: bytes of the key-value cache on a GPU; elsewhere the engine has its own.
+        device: where it runs.
         level: transformers' level of compilation.
     """
-    return EngineConfig(
-        max_requests=rows, prefix_cache=False, cuda_graphs=None, compile_level=level, cache_memory=cache
-    )
+    memory = cache if device.type == "cuda" else None
+    return EngineConfig(max_requests=rows, prefix_cache=False, compile_level=level, cache_memory=memory)
 
 
 class Counters(NamedTuple):
