@@ -164,6 +164,10 @@ class AdapterPool:
         """Whether a batch holds any slot."""
         return any(slot.holds for slot in (*self._slots.values(), *self._leaving))
 
+    def __contains__(self, key: str) -> bool:
+        """Whether an adapter is resident; unlike `get`, this uses it not."""
+        return key in self._slots
+
     def get(self, key: str) -> Slot | None:
         """The slot of an adapter, now the most recently used, or None if it is not resident."""
         if key in self._slots:
