@@ -23,7 +23,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 from lorakit.adapters.bank import AdapterBank
 from lorakit.bench.harness import show, statistics_of
-from lorakit.bench.llamas import LLAMA_2_7B, LLAMA_2_13B, LLAMA_3_8B, Llama, prompts, with_liger
+from lorakit.bench.llamas import LLAMA_2_7B, LLAMA_2_13B, LLAMA_3_8B, Llama, blocks, prompts, with_liger
 from lorakit.bench.plots import bars
 from lorakit.bench.random_bank import RandomBank
 from lorakit.bench.served import Serve, allow_compiling, engine_config, has_gpu, save_each, serve_rows, step_ms
@@ -132,7 +132,7 @@ def _transformers(base: PreTrainedModel, batch: int, level: int, llama: Llama, s
     config = ContinuousBatchingConfig(
         default_compile_level=level,
         max_requests_per_batch=batch,
-        num_blocks=4 * batch,
+        num_blocks=blocks(batch, steps.prompt + steps.long),
         max_batch_tokens=8192,
         allow_block_sharing=False,
     )

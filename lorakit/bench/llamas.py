@@ -77,10 +77,15 @@ class Llama(NamedTuple):
             ).eval()
 
     def cache_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of the key-value cache of so many rows of so many tokens each: whole blocks, and one more for each."""
+        """Bytes of the key-value cache of so many rows of so many tokens each."""
         heads = self.shape["hidden_size"] // self.shape["num_attention_heads"] * self.shape["num_key_value_heads"]
         token = 2 * heads * self.shape["num_hidden_layers"] * self.dtype.itemsize
-        return rows * (-(-tokens // PAGE) + 1) * PAGE * token
+        return blocks(rows, tokens) * PAGE * token
+
+
+def blocks(rows: int, tokens: int) -> int:
+    """Blocks of the cache for so many rows of so many tokens each: one more for each row than it fills."""
+    return rows * (-(-tokens // PAGE) + 1)
 
 
 def prompts(rows: int, tokens: int, vocabulary: int) -> list[list[int]]:
