@@ -29,7 +29,7 @@ from lorakit.bench.served import allow_compiling, engine_config, has_gpu, save_e
 from lorakit.engine.engine import Engine
 from lorakit.runtime.model import MultiLoraModel
 
-ENGINE, MIXED, SWITCHED = "lorakit, 32 adapters in a batch", "PEFT, mixed batch", "PEFT, one request after another"
+ENGINE, MIXED, SWITCHED = "lorakit, mixed batch", "PEFT, mixed batch", "PEFT, one request after another"
 
 
 class Setting(NamedTuple):
