@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lorakit.bench import adapter_load, bank_open, cpu_decode, cpu_engine, engine_step, engine_workloads, export
+from lorakit.bench import (
+    adapter_load,
+    bank_open,
+    cpu_decode,
+    cpu_engine,
+    engine_adapters,
+    engine_loading,
+    engine_peft,
+    engine_step,
+    engine_workloads,
+    export,
+)
 
 BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "cpu-decode": cpu_decode.run,
@@ -13,6 +24,11 @@ BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "bank-open": bank_open.run,
     "adapter-load": adapter_load.run,
     "engine-step": engine_step.run,
+    "engine-step-8b": engine_step.run_8b,
+    "engine-step-13b": engine_step.run_13b,
     "engine-workloads": engine_workloads.run,
+    "engine-adapters": engine_adapters.run,
+    "engine-loading": engine_loading.run,
+    "engine-peft": engine_peft.run,
     "export": export.run,
 }

@@ -78,7 +78,7 @@ def _adapter() -> Extent:
 
 def _bring(pool: AdapterPool, extent: Extent) -> Slot:
     """Loads the one adapter that is not there, which takes the place of the least recently used."""
-    name = next(name for name in NAMES if name not in pool.keys)
+    name = next(name for name in NAMES if name not in pool)
     return pool.put(name, extent, name=name)
 
 

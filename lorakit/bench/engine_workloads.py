@@ -1,127 +1,119 @@
-"""engine-workloads: Punica's four popularities through the engine on a GPU, in batches of at most 32.
+"""engine-workloads: Punica's four popularities through the engine on a GPU.
 
 Llama-2-7B's shape, random bfloat16 weights, rank 16 on all linear layers, Punica's lengths. All requests are there
 from the beginning and are served in their order, as in Punica's own benchmark. Its script mixes no adapters, whatever
 the popularity; here the mean number of adapters a forward is counted.
+
+A cell is a popularity at a batch size. Cells that were measured before stay in the file, each with the machine, the
+commit and the number of requests that it was measured with: a thousand requests of a thousand tokens take minutes.
 
 Two numbers, a step of 32 rows: see `engine_step`; 32 tokens in 6.8 ms are 4,700 tokens a second.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import random
-import tempfile
-import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from lorakit.bench.engine_step import LLAMA_2_7B, Setting, base_of, random_bank
-from lorakit.bench.harness import save, show
-from lorakit.console import make_console
-from lorakit.engine.config import EngineConfig
+from lorakit.bench.harness import save_cells, show
+from lorakit.bench.llamas import Llama, with_liger
+from lorakit.bench.random_bank import CONTENTS, RandomBank
+from lorakit.bench.served import allow_compiling, cut, engine_config, has_gpu, serve_trace
 from lorakit.engine.engine import Engine
-from lorakit.engine.handle import Completion
 from lorakit.runtime.model import MultiLoraModel
-from lorakit.workloads import POPULARITIES, Asked, adapters_of, punica_lengths, trace
+from lorakit.workloads import POPULARITIES, Asked, Popularity, adapters_of, punica_lengths, trace
 
 
 class Workload(NamedTuple):
     """What is asked for.
 
     Attributes:
+        popularities: in this order.
         requests: of each popularity.
         batch: the most rows.
-        adapters: in the bank; a popularity that wants more gets these in turn.
+        adapters: in the bank; as many as "distinct" wants if None, else a popularity that wants more gets these in
+            turn.
+        contents: of them, see `RandomBank`.
+        liger: with liger-kernel's kernels, if it is installed.
         level: transformers' level of compilation.
+        tokens: for so many in each row the cache has room; requests wait where there is none.
+        longest: new tokens of a request at most; None: as many as drawn.
         seed: of lengths and orders.
     """
 
+    popularities: Sequence[Popularity] = POPULARITIES
     requests: int = 64
     batch: int = 32
-    adapters: int = 64
+    adapters: int | None = None
+    contents: int = CONTENTS
+    liger: bool = True
     level: int = 0
+    tokens: int = 1024
+    longest: int | None = None
     seed: int = 0
 
 
 def run(folder: Path) -> None:
     """Measures, prints and saves `engine_workloads.json`; says so and does nothing where there is no GPU."""
-    if not torch.cuda.is_available():
-        make_console().print("engine-workloads: left out, it measures a GPU")
+    if not has_gpu("engine-workloads"):
         return
-    setting, workload = Setting(LLAMA_2_7B), Workload()
-    results = measure(setting, workload, torch.device("cuda"))
-    path = save("engine_workloads", folder, {**setting.as_json(), **workload._asdict()}, results)
-    rows = [
-        [
-            name,
-            f"{found['tokens_per_s']:.0f}",
-            f"{found['mean_adapters_of_a_forward']:.1f}",
-            f"{found['first_token_s']['p50']:.1f}",
-            f"{found['between_tokens_ms']['p50']:.1f}",
-            f"{found['between_tokens_ms']['p99']:.1f}",
-        ]
-        for name, found in results.items()
+    run_cells(folder, Llama(), Workload(), torch.device("cuda"))
+
+
+def run_cells(folder: Path, llama: Llama, workload: Workload, device: torch.device) -> None:
+    """Measures cells, saves each as soon as it is there, beside those of other runs, and prints all."""
+    path, cells = folder / "engine_workloads.json", dict[str, Any]()
+    for name, found in measure(llama, workload, device):
+        path, cells = save_cells("engine_workloads", folder, name, {**llama.as_json(), **workload._asdict()}, found)
+    rows = [[name, str(cell["setting"]["requests"]), *_row(cell["results"])] for name, cell in cells.items()]
+    columns = ["", "requests", "tokens/s", "adapters a forward", "first token p50 s", "between tokens p50 ms", "p99 ms"]
+    show("Punica's workloads", columns, rows, path)
+
+
+def _row(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{found['tokens_per_s']:.0f}",
+        f"{found['mean_adapters_of_a_forward']:.1f}",
+        f"{found['first_token_s']['p50']:.1f}",
+        f"{found['between_tokens_ms']['p50']:.1f}",
+        f"{found['between_tokens_ms']['p99']:.1f}",
     ]
-    columns = ["", "tokens/s", "adapters a forward", "first token p50 s", "between tokens p50 ms", "p99 ms"]
-    show("Punica's workloads, Llama-2-7B shape", columns, rows, path)
 
 
-def measure(setting: Setting, workload: Workload, device: torch.device) -> dict[str, Any]:
-    """Popularity → throughput, latencies, and how mixed the batches were."""
-    base = base_of(setting, device)
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="lorakit-bench-") as place:
-        bank = random_bank(base, Path(place) / "bank", workload.adapters, setting)
-        model = MultiLoraModel(base, bank)
-        config = EngineConfig(
-            max_requests=workload.batch, prefix_cache=False, cuda_graphs=None, compile_level=workload.level
-        )
-        with Engine(model, config) as engine:
-            for popularity in POPULARITIES:
-                rng = random.Random(workload.seed)
-                adapters = adapters_of(workload.requests, popularity, rng)
-                asked = trace([0.0] * workload.requests, adapters, punica_lengths, rng)
-                if not found:  # once beforehand, for what is compiled and captured on the way
-                    brief = [dataclasses.replace(one, new_tokens=min(one.new_tokens, 32)) for one in asked]
-                    _served(engine, brief, bank.names, setting.shape["vocab_size"])
-                found[popularity] = _served(engine, asked, bank.names, setting.shape["vocab_size"])
-    return found
+def measure(llama: Llama, workload: Workload, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures one popularity after another.
+
+    Yields:
+        A cell's name, and its throughput, its latencies, and how mixed its batches were.
+    """
+    allow_compiling()
+    base = llama.build(device)
+    kind = "liger" if workload.liger and with_liger(base, "engine-workloads") else "plain"
+    adapters = workload.adapters or workload.requests
+    contents = min(workload.contents, adapters)
+    bank = RandomBank(base, adapters, rank=llama.rank, dtype=llama.dtype, contents=contents)
+    model = MultiLoraModel(base, bank, adapter_memory=_adapter_memory(bank, workload.batch))
+    bank.hold_in_host(model)
+    cache = llama.cache_bytes(workload.batch, workload.tokens)
+    with Engine(model, engine_config(workload.batch, cache, device, level=workload.level)) as engine:
+        for count, popularity in enumerate(workload.popularities):
+            asked = cut(_asked(workload, popularity), workload.longest)
+            if not count:  # once beforehand, for what is compiled and captured on the way
+                serve_trace(engine, cut(asked, 32)[: 2 * workload.batch], bank.names, llama.vocabulary)
+            found = serve_trace(engine, asked, bank.names, llama.vocabulary)
+            yield f"{popularity}, batch {workload.batch}, {kind}", found
 
 
-def _served(engine: Engine, asked: list[Asked], names: list[str], vocabulary: int) -> dict[str, Any]:
-    rng = random.Random(1)
-    prompts = [[rng.randrange(5, vocabulary) for _ in range(one.prompt_tokens)] for one in asked]
-    before = engine.stats()
-    started = time.perf_counter()
-    handles = [
-        engine.submit(
-            prompt,
-            names[one.adapter % len(names)],
-            max_new_tokens=one.new_tokens,
-            ignore_eos=True,
-            tenant="all",  # in their order, as Punica serves them
-        )
-        for prompt, one in zip(prompts, asked, strict=True)
-    ]
-    completions = [handle.result() for handle in handles]
-    seconds = time.perf_counter() - started
-    stats = engine.stats()
-    return {
-        "seconds": seconds,
-        "tokens_per_s": sum(len(one.token_ids) for one in completions) / seconds,
-        "mean_adapters_of_a_forward": (stats.segments - before.segments) / (stats.steps - before.steps),
-        "first_token_s": _quantiles([one.times[0] for one in completions]),
-        "between_tokens_ms": _quantiles([1e3 * gap for one in completions for gap in _gaps(one)]),
-    }
+def _asked(workload: Workload, popularity: Popularity) -> list[Asked]:
+    rng = random.Random(workload.seed)
+    adapters = adapters_of(workload.requests, popularity, rng)
+    return trace([0.0] * workload.requests, adapters, punica_lengths, rng)
 
 
-def _gaps(completion: Completion) -> list[float]:
-    return [later - before for before, later in zip(completion.times, completion.times[1:], strict=False)]
-
-
-def _quantiles(values: list[float]) -> dict[str, float]:
-    quantiles = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.99], dtype=torch.float64))
-    return dict(zip(("p50", "p99"), quantiles.tolist(), strict=True))
+def _adapter_memory(bank: RandomBank, batch: int) -> int:
+    """Room for the adapters of two batches, so that one can come while another runs."""
+    return 2 * batch * max(entry.nbytes + 256 for entry in bank.values())

@@ -54,11 +54,37 @@ def save(name: str, folder: Path, setting: dict[str, Any], results: dict[str, An
         setting: what was measured: shapes, batch, repeats.
         results: what came out, each number with its unit in its key.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
     content = {"benchmark": name, "environment": environment(), "setting": setting, "results": results}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
+    return _write(folder / f"{name}.json", content)
+
+
+def save_cells(
+    name: str, folder: Path, cell: str, setting: dict[str, Any], results: dict[str, Any]
+) -> tuple[Path, dict[str, Any]]:
+    """Writes one cell of `folder/name.json`; the other cells, of earlier runs, stay as they are.
+
+    Args:
+        name: the benchmark's.
+        folder: made if it is not there.
+        cell: its name.
+        setting: as `save` takes it.
+        results: as `save` takes it.
+
+    Returns:
+        The file, and all its cells: name → {"environment", "setting", "results"}.
+    """
+    path = folder / f"{name}.json"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
+    cells[cell] = {"environment": environment(), "setting": setting, "results": results}
+    return _write(path, {"benchmark": name, "cells": cells}), cells
+
+
+def _write(path: Path, content: dict[str, Any]) -> Path:
+    """Writes a file in one step: a run may be cut off at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return fresh.replace(path)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:

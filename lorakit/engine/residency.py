@@ -77,7 +77,7 @@ class Residency:
     def read_ahead(self, adapter: Adapter) -> None:
         """Brings an adapter into host memory, if it is not nearer already; its errors come when it is asked for."""
         with self._model.lock:
-            if adapter.key not in self._model.pool.keys and adapter.key not in self._model.pool.host.keys:
+            if adapter.key not in self._model.pool and adapter.key not in self._model.pool.host:
                 self._read(adapter)
 
     def release(self, slot: Slot) -> None:

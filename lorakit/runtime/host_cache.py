@@ -98,6 +98,10 @@ class HostCache:
         """What is kept, least recently used first."""
         return list(self._entries)
 
+    def __contains__(self, key: str) -> bool:
+        """Whether an adapter is kept; unlike `get`, this uses it not."""
+        return key in self._entries
+
     def get(self, key: str) -> HostExtent | None:
         """The adapter, now the most recently used, or None if it is not kept."""
         if key in self._entries:

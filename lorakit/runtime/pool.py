@@ -109,6 +109,9 @@ class AdapterPool:
         capacity: bytes that all slots together may take, or None.
         host: adapters in host memory, from where slots are loaded.
         generation: grows with every slot that is loaded, moved or forgotten; while it stays, all addresses stay.
+        loads: how often an adapter was brought to the device.
+        loaded_bytes: what that copied there.
+        evictions: how often an adapter made room for another.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class AdapterPool:
             host_capacity = PINNED_LIMIT if pinned else 0
         self.host = HostCache(limit=host_capacity, pinned=pinned)
         self.generation = 0
+        self.loads = self.loaded_bytes = self.evictions = 0
         self._slots: OrderedDict[str, Slot] = OrderedDict()
         self._leaving: set[Slot] = set()
         self._nbytes = 0
@@ -159,6 +163,10 @@ class AdapterPool:
     def held(self) -> bool:
         """Whether a batch holds any slot."""
         return any(slot.holds for slot in (*self._slots.values(), *self._leaving))
+
+    def __contains__(self, key: str) -> bool:
+        """Whether an adapter is resident; unlike `get`, this uses it not."""
+        return key in self._slots
 
     def get(self, key: str) -> Slot | None:
         """The slot of an adapter, now the most recently used, or None if it is not resident."""
@@ -210,6 +218,8 @@ class AdapterPool:
         arrival = slot._access.arrival
         host.copied = None if arrival is None else arrival.query
         self._slots[key] = slot
+        self.loads += 1
+        self.loaded_bytes += nbytes
         return slot
 
     def prefetch(self, key: str, source: Extent | ExtentReader) -> None:
@@ -350,6 +360,7 @@ class AdapterPool:
         for victim in plan.victims:
             del self._slots[victim.key]
             self._free(victim)
+            self.evictions += 1
         if plan.moves:
             self._move(self._arena, self._memory, plan.moves)
         offset = self._arena.allocate(nbytes)

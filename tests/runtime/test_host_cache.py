@@ -36,6 +36,7 @@ def test_the_least_recently_used_is_forgotten():
         cache.put(key, extent_of(seed))
     assert cache.nbytes == 3 * ROOM
     assert torch.equal(cache.get("a").buffer, bytes_of(extent_of(0)))
+    assert "b" in cache and "d" not in cache  # to ask is no use
     cache.put("d", extent_of(3))
     assert cache.keys == ["c", "a", "d"] and cache.get("b") is None
     cache.put("wide", extent_of(width=40))

@@ -125,6 +125,8 @@ def test_indices_are_the_lowest_free_and_generations_never_come_back():
     pool.drop("1")
     assert pool.generation > generation and not slots[1].resident
     again = [put(pool, key) for key in ("1", "5", "6")]  # the last evicts 0
+    assert "0" not in pool and "5" in pool
+    assert (pool.loads, pool.loaded_bytes, pool.evictions) == (7, 7 * slots[0].nbytes, 1)
     assert [slot.index for slot in again] == [1, 2, 0]
     assert seen.isdisjoint(slot.generation for slot in again)
     with pytest.raises(AssertionError, match="evicted or dropped"):
