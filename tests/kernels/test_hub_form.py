@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPORTS = [
     "Stack",
     "Whole",
+    "can_join",
     "entry",
     "expand_",
+    "linears",
     "lookup",
     "plan",
     "replace_",
