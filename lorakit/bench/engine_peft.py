@@ -105,7 +105,9 @@ def measure(llama: Llama, setting: Setting, device: torch.device) -> Iterator[di
     bank = RandomBank(base, setting.adapters, rank=llama.rank, dtype=llama.dtype, contents=setting.adapters)
     names = bank.names
     asked = prompts(setting.adapters, setting.prompt, llama.vocabulary)
-    peft = with_adapters(twin(base), names, llama.rank)
+    other = twin(base)
+    other.set_attn_implementation("sdpa")  # as users have it; not every package of FlashAttention serves `generate`
+    peft = with_adapters(other, names, llama.rank)
     rates: dict[str, list[dict[str, float]]] = {ENGINE: [], SWITCHED: [], MIXED: []}
     cache = llama.cache_bytes(setting.adapters, setting.prompt + setting.long)
     with Engine(MultiLoraModel(base, bank), engine_config(setting.adapters, cache, device)) as engine:

@@ -39,6 +39,7 @@ from lorakit.engine.request import Request, check_added, stop_strings, stop_toke
 from lorakit.engine.residency import Residency
 from lorakit.engine.stopping import Decode
 from lorakit.engine.tenants import Tenants
+from lorakit.engine.turned import turned
 from lorakit.errors import (
     AdapterIdsError,
     ConfigError,
@@ -151,6 +152,7 @@ class Engine:
                 raise EngineStoppedError(f"the engine is {self._state}; an engine is started once, make a new one.")
             with ExitStack() as taken:
                 taken.enter_context(self.model.lent())
+                taken.enter_context(turned(self.model.model))
                 self._start()
                 self._resources = taken.pop_all()
             self._state = "ready"
