@@ -240,6 +240,50 @@ def generate(
 
 
 @app.command()
+def serve(
+    base: Annotated[str, typer.Argument(help="The base model: a folder or a Hub id.", show_default=False)],
+    bank: Annotated[Path, typer.Option("--bank", help="The bank's folder.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="The base's name for clients; by default as it is given.")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    dtype: Annotated[str, typer.Option(help="The base's: auto, float32, bfloat16 or float16.")] = "auto",
+    attention: Annotated[
+        str | None, typer.Option(help="transformers' implementation, such as flash_attention_3.", show_default=False)
+    ] = None,
+    max_requests: Annotated[int | None, typer.Option(min=1, help="Sequences of a batch.", show_default=False)] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds after which a request fails.", show_default=False)
+    ] = None,
+    drain: Annotated[float, typer.Option(min=0.0, help="Seconds that requests have to end on SIGTERM.")] = 30.0,
+) -> None:
+    """Serve a bank over HTTP, by OpenAI's routes."""
+    _need("the server needs", ["fastapi", "uvicorn"], extra="server")
+    from lorakit.adapters.bank import AdapterBank
+    from lorakit.engine.config import EngineConfig
+    from lorakit.server.serve import Settings
+    from lorakit.server.serve import serve as run
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16.")
+    adapters = len(AdapterBank.open(bank))  # before anything is loaded
+    make_console(stderr=True).print(f"{adapters} adapters on {base}; http://{host}:{port}", markup=False)
+    run(
+        Settings(
+            base,
+            str(bank),
+            name=name,
+            host=host,
+            port=port,
+            dtype=dtype,
+            attention=attention,
+            request_timeout=request_timeout,
+            drain=drain,
+            engine=EngineConfig(max_requests=max_requests),
+        )
+    )
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A recipe's YAML file.", show_default=False)],
     set_: Annotated[

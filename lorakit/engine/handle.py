@@ -10,10 +10,10 @@ import asyncio
 import copy
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lorakit.engine.request import Request
 
@@ -183,7 +183,7 @@ class RequestHandle:
         """Waits for the end; of several sequences it gives the first. See `results`."""
         return self.results(timeout)[0]
 
-    def __await__(self) -> Iterator[object]:
+    def __await__(self) -> Generator[Any, None, Completion]:
         """The first sequence's completion, in asyncio."""
         return self._completion().__await__()
 

@@ -1,0 +1,1 @@
+"""HTTP over an engine: OpenAI's routes, with an adapter's name where a model's stands."""

@@ -1,0 +1,292 @@
+"""The HTTP application: OpenAI's routes, the list of models, health."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorakit.engine.handle import RequestHandle
+from lorakit.errors import LorakitError
+from lorakit.server import faults
+from lorakit.server.answers import Answer, ChatAnswer, CompletionAnswer
+from lorakit.server.bodies import ChatBody, CompletionBody
+from lorakit.server.faults import Fault
+from lorakit.server.served import Served
+
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_log = logging.getLogger("lorakit.server")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for at most.
+
+    Attributes:
+        body: bytes of a request's body.
+        n: sequences of a prompt.
+        prompts: prompts of a completion.
+    """
+
+    body: int = 4 << 20
+    n: int = 16
+    prompts: int = 64
+
+
+class App(FastAPI):
+    """The application.
+
+    Attributes:
+        served: what it serves; None until it has been loaded.
+        failed: why it could not be.
+    """
+
+    served: Served | None = None
+    failed: BaseException | None = None
+
+    @property
+    def ready(self) -> Served:
+        """What it serves.
+
+        Raises:
+            Fault: it is loading, or could not.
+        """
+        if self.served is None:
+            what = "could not load its model" if self.failed else "is loading its model"
+            raise Fault(503, f"the server {what}.", type="service_unavailable_error", headers={"Retry-After": "1"})
+        return self.served
+
+
+def create_app(load: Callable[[], Served], *, limits: Limits | None = None) -> App:
+    """Makes an application that answers at once, and serves when `load` has returned.
+
+    Args:
+        load: makes what is served, its engine running; called in a thread when the application starts. The engine is
+            closed when the application ends.
+        limits: what a client may ask for at most.
+    """
+    limits = limits or Limits()
+
+    @asynccontextmanager
+    async def lifespan(app: App) -> AsyncIterator[None]:
+        def work() -> None:
+            try:
+                app.served = load()
+            except BaseException as error:  # noqa: BLE001 - told by /health
+                app.failed = error
+                _log.exception("the model could not be loaded")
+
+        loading = threading.Thread(target=work, name="lorakit-load", daemon=True)
+        loading.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(loading.join)
+            if app.served is not None:
+                await asyncio.to_thread(app.served.engine.close)
+
+    app = App(title="lorakit", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.created = int(time.time())  # type: ignore[attr-defined]
+    _add_faults(app)
+    app.add_middleware(_Bounded, most=limits.body)
+    app.add_middleware(_Logged)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether it serves: starting, ready, restarting or dead."""
+        state = "dead" if app.failed else "starting" if app.served is None else app.served.engine.state
+        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The base and its adapters."""
+        served = app.ready
+        return {"object": "list", "data": [_card(app, served, name) for name in (None, *served.names)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        return _card(app, app.ready, app.ready.adapter_of(name))
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Continues a conversation."""
+        served = app.ready
+        _check_n(body.n, limits)
+        adapter = served.adapter_of(body.model)
+        prompt = await asyncio.to_thread(served.chat_prompt, body)
+        handles = await _submitted(served, [prompt], adapter, body.settings())
+        return await _answered(
+            ChatAnswer(served, body.model, handles, include_usage=body.include_usage), body.stream, request
+        )
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continues texts."""
+        served = app.ready
+        _check_n(body.n, limits)
+        if not 1 <= len(body.prompts) <= limits.prompts:
+            raise Fault(400, f"prompt holds {len(body.prompts)}; give 1 to {limits.prompts}.", param="prompt")
+        adapter = served.adapter_of(body.model)
+        prompts = await asyncio.to_thread(served.text_prompts, body)
+        handles = await _submitted(served, prompts, adapter, body.settings())
+        return await _answered(
+            CompletionAnswer(served, body.model, handles, include_usage=body.include_usage), body.stream, request
+        )
+
+    return app
+
+
+def _check_n(n: int, limits: Limits) -> None:
+    if n > limits.n:
+        raise Fault(400, f"n is {n}; ask for at most {limits.n}.", param="n", code="invalid_value")
+
+
+def _card(app: App, served: Served, name: str | None) -> dict[str, Any]:
+    """A model as OpenAI lists it, with vLLM's `root` and `parent`."""
+    return {
+        "id": name or served.base_id,
+        "object": "model",
+        "created": app.created,  # type: ignore[attr-defined]
+        "owned_by": "lorakit",
+        "root": name or served.base_id,
+        "parent": None if name is None else served.base_id,
+    }
+
+
+async def _submitted(
+    served: Served, prompts: Sequence[Sequence[int]], adapter: str | None, settings: dict[str, Any]
+) -> list[RequestHandle]:
+    """Queues all prompts, or none."""
+    handles: list[RequestHandle] = []
+    try:
+        for prompt in prompts:
+            handles.append(await served.submit(prompt, adapter, settings))
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        raise
+    return handles
+
+
+async def _answered(answer: Answer, stream: bool, request: Request) -> Response:
+    """The answer; whoever goes away ends it."""
+    if stream:
+        # Proxies would keep pieces back.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(answer.stream(), media_type="text/event-stream", headers=headers)
+    whole = asyncio.ensure_future(answer.whole())
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait([whole, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not whole.done():
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(whole.result())
+    finally:
+        whole.cancel()
+        gone.cancel()
+        answer.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _add_faults(app: FastAPI) -> None:
+    """Every error is OpenAI's in shape."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return _told(faults.of_validation(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def of_http(_: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code)
+        return _told(Fault(error.status_code, f"{str(error.detail).rstrip('.')}.", code=code))
+
+    @app.exception_handler(Fault)
+    @app.exception_handler(LorakitError)
+    async def ours(_: Request, error: Exception) -> Response:
+        return _told(faults.of(error))
+
+
+def _told(fault: Fault) -> JSONResponse:
+    return JSONResponse(fault.body, status_code=fault.status, headers=fault.headers)
+
+
+class _Bounded:
+    """Refuses bodies that are too large, as early as that is known."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        length = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._most:
+            await _told(Fault(413, self._message, code="body_too_large"))(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._most:
+                raise HTTPException(413, self._message)
+            return message
+
+        await self._app(scope, counted, send)
+
+    @property
+    def _message(self) -> str:
+        return f"the body is larger than {self._most} bytes; shorten it."
+
+
+class _Logged:
+    """Gives every answer its request's id, logs it, and lets no traceback out.
+
+    An ASGI middleware of its own kind: Starlette's for functions keeps a client's going away from those it wraps.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        status, started = 0, time.perf_counter()
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", id.encode())]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:  # noqa: BLE001 - told without what it says
+            _log.exception("request %s failed", id)
+            if not status:
+                await _told(faults.of(error))(scope, receive, noted)
+        finally:
+            seconds = time.perf_counter() - started
+            _log.info("%s %s %d in %.3f s (%s)", scope["method"], scope["path"], status, seconds, id)

@@ -1,0 +1,96 @@
+"""`lorakit serve`: a base and its bank behind HTTP, until SIGTERM or SIGINT.
+
+The port is open at once and `/health` says "starting" until the model is there. When the server is told to end it takes
+no more connections, lets requests under way end, and goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import uvicorn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lorakit.engine.config import EngineConfig
+from lorakit.engine.engine import Engine
+from lorakit.errors import BaseModelNotFoundError
+from lorakit.runtime.model import MultiLoraModel
+from lorakit.server.app import create_app
+from lorakit.server.served import Served
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is served, and where.
+
+    Attributes:
+        base: a folder or a Hub id.
+        bank: the bank's folder.
+        name: the base's name for clients; None: as `base` is written.
+        host: the address to listen at.
+        port: the port; 0: any that is free.
+        dtype: the base's, as torch names it; "auto": as it is stored.
+        attention: transformers' implementation; None: its default.
+        request_timeout: seconds after which a request fails; None: never.
+        drain: seconds that requests under way have when the server ends.
+        engine: the engine's settings.
+    """
+
+    base: str
+    bank: str
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "auto"
+    attention: str | None = None
+    request_timeout: float | None = None
+    drain: float = 30.0
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def serve(settings: Settings) -> None:
+    """Serves until the process is told to end."""
+    app = create_app(partial(load, settings))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+    )
+    uvicorn.Server(config).run()
+
+
+def load(settings: Settings) -> Served:
+    """Loads the base, opens the bank and starts an engine.
+
+    Raises:
+        BaseModelNotFoundError: there is no such base, or it has no tokenizer.
+        BankError: the folder holds no bank.
+        BaseModelMismatchError: the bank was made for another base.
+    """
+    tokenizer = _tokenizer(settings.base)
+    options: dict[str, Any] = {"dtype": settings.dtype}
+    if settings.attention is not None:
+        options["attn_implementation"] = settings.attention
+    if torch.cuda.is_available():
+        options["device_map"] = "cuda"
+    model = MultiLoraModel.from_pretrained(settings.base, settings.bank, **options)
+    name = settings.name or settings.base
+    engine = Engine(model, settings.engine, decode=partial(tokenizer.decode, skip_special_tokens=True))
+    return Served(engine.start(), tokenizer, name, request_timeout=settings.request_timeout)
+
+
+def _tokenizer(base: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
+    except Exception as error:  # a broken or missing tokenizer makes transformers raise nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BaseModelNotFoundError(
+            f"the base model {base!r} has no tokenizer that can be read ({reason}); save one beside it."
+        ) from error
+    return tokenizer

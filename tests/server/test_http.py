@@ -1,0 +1,182 @@
+"""What is below OpenAI's routes: health, ids, sizes, clients that go away, a process that is told to end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from conftest import BASE
+from fastapi.testclient import TestClient
+
+from lorakit.server.app import Limits, create_app
+
+CHAT = {"model": "sql", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "ignore_eos": True}
+
+
+@pytest.fixture
+def http(url):
+    with httpx.Client(base_url=url, timeout=30) as http:
+        yield http
+
+
+def sent(http, path, content):
+    return http.post(path, content=content, headers={"content-type": "application/json"})
+
+
+def until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_health_tells_ready(http):
+    answer = http.get("/health")
+    assert answer.status_code == 200 and answer.json() == {"status": "ready"}
+
+
+def test_health_tells_starting_and_dead(served):
+    may_load, fails = threading.Event(), RuntimeError("no such base")
+
+    def load():
+        may_load.wait(30)
+        raise fails
+
+    with TestClient(create_app(load)) as client:
+        assert client.get("/health").status_code == 503 and client.get("/health").json() == {"status": "starting"}
+        answer = client.post("/v1/chat/completions", json=CHAT)
+        assert answer.status_code == 503 and "is loading" in answer.json()["error"]["message"]
+        assert answer.headers["retry-after"] == "1"
+        may_load.set()
+        until(lambda: client.get("/health").json() == {"status": "dead"})
+        assert "could not load" in client.get("/v1/models").json()["error"]["message"]
+
+
+def test_every_answer_has_its_requests_id(http):
+    assert http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    made = {http.get("/health", headers={"x-request-id": bad}).headers["x-request-id"] for bad in ("a b", "x" * 200)}
+    assert len(made) == 2 and all(len(one) == 32 for one in made)
+    assert "x-request-id" in http.get("/nowhere").headers
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "says"),
+    [
+        (lambda http: http.get("/nowhere"), 404, "Not Found"),
+        (lambda http: http.get("/v1/chat/completions"), 405, "Method Not Allowed"),
+        (lambda http: sent(http, "/v1/chat/completions", b"{"), 400, "no JSON"),
+        (lambda http: http.post("/v1/chat/completions", json=[]), 400, "the body"),
+        (lambda http: http.post("/v1/chat/completions", json={"model": "sql"}), 400, "messages"),
+        (lambda http: http.post("/v1/completions", json={"model": "sql", "prompt": []}), 400, "prompt"),
+        (lambda http: http.post("/v1/completions", json={"model": "sql", "prompt": [[]]}), 400, "empty"),
+        (lambda http: http.post("/v1/completions", json={"model": "sql", "prompt": [10**9]}), 400, "token"),
+        (lambda http: http.post("/v1/completions", json={"model": "sql", "prompt": "a", "stop": ""}), 200, None),
+        (lambda http: http.post("/v1/completions", json={"model": "sql", "prompt": "a", "stop": [""]}), 400, "stop"),
+        (lambda http: sent(http, "/v1/completions", b'{"model": "sql", "prompt": "\\ud800"}'), 400, "prompt"),
+        (lambda http: sent(http, "/v1/completions", b'{"model": "sql", "prompt": "a", "\\ud800": 1}'), 400, "\\ud800"),
+        (lambda http: sent(http, "/v1/completions", b'{"model": "\\ud800", "prompt": "a"}'), 404, "\\ud800"),
+    ],
+    ids=range(13),
+)
+def test_mistakes_below_the_client(http, call, status, says):
+    answer = call(http)
+    assert answer.status_code == status, answer.text
+    if says is not None:
+        assert says in answer.json()["error"]["message"]
+
+
+def test_large_bodies_are_refused(served):
+    app = create_app(lambda: served.served, limits=Limits(body=1000))
+    app.served = served.served
+    client = TestClient(app)  # its life does not begin: the engine is another's
+    large = json.dumps({**CHAT, "messages": [{"role": "user", "content": "a" * 2000}]}).encode()
+    assert client.post("/v1/chat/completions", content=large).status_code == 413
+
+    def pieces():
+        yield from (large[start : start + 100] for start in range(0, len(large), 100))
+
+    answer = client.post("/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"})
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_its_request(http, served, stream):
+    engine = served.served.engine
+    until(lambda: engine.stats().open == 0)
+    if stream:
+        with http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            for _ in range(4):
+                next(lines)
+            assert engine.stats().open == 1
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/chat/completions", json={**CHAT, "n": 8}, timeout=0.3)
+    before = engine.stats().steps
+    until(lambda: engine.stats().open == 0)
+    assert engine.stats().steps - before < 200, "it did not run to its end"
+
+
+def test_the_base_is_listed_under_its_name(http):
+    assert http.get("/v1/models").json()["data"][0]["id"] == BASE
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, base, tokenizer, model):
+    """The base and a bank on the disk."""
+    import copy
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    import lorakit
+
+    folder = tmp_path_factory.mktemp("served")
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "sql")
+    lorakit.export({"sql": folder / "sql"}, folder / "bank", base_model=str(folder / "base"))
+    return folder
+
+
+def test_the_command_serves_and_lets_requests_end_when_it_is_told_to(folders):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "lorakit", "serve", str(folders / "base"), "--bank", str(folders / "bank")]
+    process = subprocess.Popen(
+        [*command, "--name", "tiny", "--port", str(port), "--max-requests", "4"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+
+            def ready():
+                assert process.poll() is None, process.stderr.read()
+                try:
+                    return http.get("/health").status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            until(ready, 90)
+            assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["tiny", "sql"]
+            asked = {**CHAT, "stream": True, "max_tokens": 120}
+            with http.stream("POST", "/v1/chat/completions", json=asked) as answer:
+                lines = (line for line in answer.iter_lines() if line)
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                rest = list(lines)
+            assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+        assert process.wait(30) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
