@@ -79,7 +79,7 @@ def test_every_answer_has_its_requests_id(http):
         (lambda http: http.post("/v1/completions", json={"model": "sql", "prompt": "a", "stop": ""}), 200, None),
         (lambda http: http.post("/v1/completions", json={"model": "sql", "prompt": "a", "stop": [""]}), 400, "stop"),
         (lambda http: sent(http, "/v1/completions", b'{"model": "sql", "prompt": "\\ud800"}'), 400, "prompt"),
-        (lambda http: sent(http, "/v1/completions", b'{"model": "sql", "prompt": "a", "\\ud800": 1}'), 400, "\\ud800"),
+        (lambda http: sent(http, "/v1/completions", b'{"model": "sql", "prompt": "a", "\\ud800": 1}'), 400, "unicode"),
         (lambda http: sent(http, "/v1/completions", b'{"model": "\\ud800", "prompt": "a"}'), 404, "\\ud800"),
     ],
     ids=range(13),
