@@ -266,7 +266,8 @@ def serve(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16.")
     adapters = len(AdapterBank.open(bank))  # before anything is loaded
-    make_console(stderr=True).print(f"{adapters} adapters on {base}; http://{host}:{port}", markup=False)
+    what = f"{adapters} adapter{'s' if adapters != 1 else ''} on {base}; http://{host}:{port}"
+    make_console(stderr=True).print(what, markup=False, soft_wrap=True)
     run(
         Settings(
             base,
