@@ -144,11 +144,17 @@ class Engine:
         Raises:
             EngineStoppedError: it was started before; make a new one.
             ModelInUseError: another engine serves the model.
+            ConfigError: several processes share the base.
             MemoryError: the device has no room for the cache.
         """
         with self._lock:
             if self._state != "new":
                 raise EngineStoppedError(f"the engine is {self._state}; an engine is started once, make a new one.")
+            if self.model.processes > 1:
+                raise ConfigError(
+                    f"{self.model.processes} processes share the base, and an engine serves a base that is on one "
+                    "device; load it without tensor parallelism, or call the model itself."
+                )
             with ExitStack() as taken:
                 taken.enter_context(self.model.lent())
                 self._start()
