@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 LONGEST = 300.0
 """Seconds after which processes have hung."""
@@ -58,6 +59,16 @@ def together(function: Callable[..., Any], *args: Any, size: int = 2, timeout: f
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def shared(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A base that was saved, of which each process has its part."""
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=distributed.get_world_size())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=config)
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
 
 
 def _run(folder: Path, rank: int, size: int, timeout: float, function: Callable[..., Any], args: tuple[Any]) -> None:

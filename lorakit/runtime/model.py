@@ -246,6 +246,11 @@ class MultiLoraModel(nn.Module):
         return 1 if self._shards is None else self._shards.processes
 
     @property
+    def is_first(self) -> bool:
+        """Whether this is the first of them."""
+        return self._shards is None or self._shards.is_first
+
+    @property
     def config(self) -> Any:
         """The base's config."""
         return self.model.config
@@ -324,6 +329,7 @@ class MultiLoraModel(nn.Module):
         Raises:
             AdapterExistsError: the name is taken.
             AdapterNotFoundError: no source, and none in the bank.
+            ModelInUseError: several processes share the base, and an engine serves it.
             ConfigError: svd_energy or task_id cannot be, or stand without a source.
             CheckpointError, UnsupportedMethodError, …: as `lorakit.export` raises them; nothing is changed.
         """
@@ -332,9 +338,11 @@ class MultiLoraModel(nn.Module):
         if source is None:
             if chosen != NONE:
                 raise ConfigError(f"adapter {name!r} is converted already; svd_energy and task_id need a source.")
+            self._check_alone()
             self._bring(name)
             return
         self._check_free(name)
+        self._check_alone()
         form = convert.convert(name, source, self._base, choices=chosen)
         with self._lock:
             self._check_free(name)  # once more: another thread may have been faster
@@ -349,10 +357,12 @@ class MultiLoraModel(nn.Module):
 
         Raises:
             AdapterNotFoundError: the model does not serve it.
+            ModelInUseError: several processes share the base, and an engine serves it.
         """
         with self._lock:
             if name not in self.adapters:
                 raise self._unknown(name)
+            self._check_alone()
             self._last = None
             self._pool.drop(_key_of(self._known(name)))
             if self._local.pop(name, None) is None:
@@ -504,6 +514,13 @@ class MultiLoraModel(nn.Module):
         heads = self._stood & {self._base.output}
         body = make(sorted(self._stood - heads), self._table, self._finder)
         return Standing(mode, body, make(sorted(heads), self._table, self._finder) if heads else None)
+
+    def _check_alone(self) -> None:
+        if self._lent and self.processes > 1:
+            raise ModelInUseError(
+                "several processes share the base, and an engine serves it; load and unload adapters in all of them "
+                "before it starts, or change the bank."
+            )
 
     def _check_not_lent(self) -> None:
         if self._lent:

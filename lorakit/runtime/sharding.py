@@ -131,6 +131,12 @@ class Shards:
         size: int = self._mesh.size()
         return size
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of them."""
+        rank: int = self._mesh.get_local_rank()
+        return rank == 0
+
     def partial_sums(self, path: str) -> PartialSums | None:
         """Where adapters act at a module, if not on what it returns.
 
@@ -257,8 +263,7 @@ class Shards:
         if most * (size - 1) >= each:
             raise ValueError("of which some process has nothing")
         own = own_places(tensor, dim).tolist()
-        first = self._mesh.get_local_rank() == 0
-        return Cut(by, tensor.shape[dim], tuple(_ranges(own)), pieces * most, first)
+        return Cut(by, tensor.shape[dim], tuple(_ranges(own)), pieces * most, self.is_first)
 
     def _style(self, path: str) -> str | None:
         """The style by which the plan has a module or parameter shared out."""

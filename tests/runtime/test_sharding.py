@@ -14,7 +14,7 @@ import torch
 from architectures import ARCHITECTURES, METHODS, adapt
 from mixtures import MIXTURES
 from peft import get_peft_model
-from processes import together
+from processes import shared, together
 from torch import distributed
 
 import lorakit
@@ -88,15 +88,6 @@ def answers(model: MultiLoraModel, name: str) -> dict[str, Any]:
     }
 
 
-def shared(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    """A base of which this process has its part."""
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    config = DistributedConfig(tp_size=distributed.get_world_size())
-    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype, distributed_config=config).eval()
-
-
 def refusal(call: Callable[[], Any]) -> tuple[str, str]:
     """The kind of the error that a call raises, and what it says."""
     with pytest.raises(LorakitError) as caught:
@@ -108,7 +99,7 @@ def served_by_several(root: Path) -> dict[str, Any]:
     """All that is tested, in each of the processes."""
     found: dict[str, Any] = {}
     for name in NAMES:
-        model = MultiLoraModel(shared(root / name), root / name / "bank")
+        model = MultiLoraModel(shared(root / name / "base"), root / name / "bank")
         found[name] = {"banked": answers(model, name)}
         base = model.model
         # Another model on the same base, whose adapters are converted from its shared weights.
@@ -117,12 +108,14 @@ def served_by_several(root: Path) -> dict[str, Any]:
             model.load_adapter(folder.name, folder)
         found[name]["loaded"] = answers(model, name)
     found["processes"] = model.processes
-    found["other bank"] = refusal(lambda: MultiLoraModel(shared(root / "llama-tied"), root / "llama" / "bank"))
-    found["fingerprint"] = fingerprint(BaseModel.of(shared(root / "llama", torch.float32)))
-    experts = MultiLoraModel(shared(root / "qwen3-moe", torch.float32))
+    found["other bank"] = refusal(lambda: MultiLoraModel(shared(root / "llama-tied" / "base"), root / "llama" / "bank"))
+    found["fingerprint"] = fingerprint(BaseModel.of(shared(root / "llama" / "base", torch.float32)))
+    experts = MultiLoraModel(shared(root / "qwen3-moe" / "base", torch.float32))
     found["experts"] = refusal(lambda: experts.load_adapter("experts", root / "qwen3-moe" / "adapters" / "experts"))
     found["left"] = experts.adapters
-    found["kernels"] = by_kernels(MultiLoraModel(shared(root / "llama", torch.float32), root / "llama" / "bank"))
+    found["kernels"] = by_kernels(
+        MultiLoraModel(shared(root / "llama" / "base", torch.float32), root / "llama" / "bank")
+    )
     return found
 
 
