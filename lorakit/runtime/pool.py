@@ -338,19 +338,23 @@ class AdapterPool:
             read: gives the adapter that is put.
 
         Returns:
-            The slot that was put.
+            The slot that was acquired, if one was: `wait` for it.
 
         Raises:
             BankCorruptedError, …: as `read` and `put` raise them.
         """
         if operation.kind == "put":
-            return self.put(operation.key, read(operation), name=operation.name)
-        if operation.kind == "get":
+            self.put(operation.key, read(operation), name=operation.name)
+        elif operation.kind == "get":
             self.get(operation.key)
         elif operation.kind == "drop":
             self.drop(operation.key)
+        elif operation.kind == "release":
+            self.release([self.slot_of(operation.serial)])
         else:
-            {"acquire": self.acquire, "release": self.release}[operation.kind]([self.slot_of(operation.serial)])
+            slot = self.slot_of(operation.serial)
+            self.acquire([slot])
+            return slot
         return None
 
     def release_all(self) -> None:
