@@ -113,10 +113,32 @@ def served_by_several(root: Path) -> dict[str, Any]:
     experts = MultiLoraModel(shared(root / "qwen3-moe" / "base", torch.float32))
     found["experts"] = refusal(lambda: experts.load_adapter("experts", root / "qwen3-moe" / "adapters" / "experts"))
     found["left"] = experts.adapters
+    for method in ("attention", "router"):
+        experts.load_adapter(method, root / "qwen3-moe" / "adapters" / method)
+    found["mixture"] = logits_of(experts)
+    found["another way"] = refusal(lambda: MultiLoraModel(shared_by_hand()))
     found["kernels"] = by_kernels(
         MultiLoraModel(shared(root / "llama" / "base", torch.float32), root / "llama" / "bank")
     )
     return found
+
+
+@torch.no_grad()
+def logits_of(model: MultiLoraModel) -> torch.Tensor:
+    """Logits of a mixture with adapters that are not on its experts."""
+    ids = architecture_of("qwen3-moe").inputs(4)["input_ids"]
+    return model(input_ids=ids, adapter_ids=["attention", None, "router", "attention"]).logits
+
+
+def shared_by_hand() -> Any:
+    """A base of which torch itself has shared a weight out."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    base = architecture_of("llama").build()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    base.lm_head.weight = torch.nn.Parameter(distribute_tensor(base.lm_head.weight.detach(), mesh, [Shard(0)]))
+    return base
 
 
 @torch.no_grad()
@@ -154,8 +176,16 @@ def expected(root):
             found["kernels"] = by_kernels(MultiLoraModel(base, bank))
     mixture, folder = architecture_of("qwen3-moe").build(), root / "qwen3-moe"
     mixture.save_pretrained(folder / "base")
-    options = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
-    adapt(mixture, 0, **options).save_pretrained(folder / "adapters" / "experts")
+    options = {
+        "experts": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+        "attention": {"target_modules": ["q_proj", "k_proj", "o_proj"], "use_dora": True},
+        "router": {"target_modules": ["v_proj"], "target_parameters": ["mlp.gate.weight"]},
+    }
+    model = MultiLoraModel(copy.deepcopy(mixture))
+    for method, one in options.items():
+        adapt(mixture, 0, **one).save_pretrained(folder / "adapters" / method)
+        model.load_adapter(method, folder / "adapters" / method)
+    found["mixture"] = logits_of(model)
     return found
 
 
@@ -207,3 +237,9 @@ def test_what_cannot_be_shared_out_is_refused(several):
         assert kind == "UnsupportedMethodError"
         assert "mlp.experts" in message and "'experts'" in message and "moe_tp_experts" in message
         assert found["left"] == []
+        assert found["another way"][0] == "ConfigError"
+
+
+def test_beside_experts_that_are_shared_out_adapters_are_served(expected, several):
+    for found in several:
+        torch.testing.assert_close(found["mixture"], expected["mixture"], rtol=1e-5, atol=1e-5)
