@@ -104,6 +104,11 @@ class Job:
         content = f"{adapter.key}/{self.start}"
         self.salt = _SALT.unpack(hashlib.blake2b(content.encode(), digest_size=_SALT.size).digest())
 
+    def bind_like(self, slot: Slot | None, start: int, salt: tuple[int, ...] | None) -> None:
+        """Binds it as the same job is bound in another process, which may have its `slot`, `start` and `salt`."""
+        assert not self.bound
+        self.bound, self.slot, self.start, self.salt = True, slot, start, salt
+
     def slot_at(self, position: int) -> Slot | None:
         """The slot that acts on the token at a position."""
         return self.slot if position >= self.start else None

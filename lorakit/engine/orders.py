@@ -32,15 +32,17 @@ class Offer(NamedTuple):
         request_id: names its request.
         request: what was asked for, without its stop strings: text is the first process's alone.
         sequence: which of the request's it is.
-        key: of its adapter's content; None for the base.
-        serial: of the slot that is held for it; None for the base.
+        serial: of the slot that acts on its tokens; None for the base.
+        start: the token from which on it does.
+        salt: stands for both.
     """
 
     request_id: str
     request: Request
     sequence: int
-    key: str | None
     serial: int | None
+    start: int
+    salt: tuple[int, ...] | None
 
 
 class Orders(NamedTuple):
@@ -202,13 +204,9 @@ class Follower:
             self._model.pool.release_all()
 
     def _job(self, offer: Offer) -> Job:
-        handle = RequestHandle(offer.request_id, offer.request, _nobody, _nobody)
-        job = Job(handle, offer.sequence, None, shared=True)
-        name = offer.request.adapter
-        if name is None or offer.key is None or offer.serial is None:
-            job.bind(None, None)
-        else:
-            job.bind(self._adapter(name, offer.key), self._model.pool.slot_of(offer.serial))
+        job = Job(RequestHandle(offer.request_id, offer.request, _nobody, _nobody), offer.sequence, None, shared=True)
+        slot = None if offer.serial is None else self._model.pool.slot_of(offer.serial)
+        job.bind_like(slot, offer.start, offer.salt)
         return job
 
     def _read(self, operation: Operation) -> HostExtent:
@@ -230,16 +228,10 @@ class Follower:
 
 
 def _offer(job: Job) -> Offer:
-    slot = job.held
     request = dataclasses.replace(job.request, stop_strings=())
-    return Offer(
-        job.handle.id,
-        request,
-        job.sequence,
-        key=None if slot is None else slot.key,
-        serial=None if slot is None else slot.serial,
-    )
+    serial = None if job.slot is None else job.slot.serial
+    return Offer(job.handle.id, request, job.sequence, serial, job.start, job.salt)
 
 
 def _nobody(handle: RequestHandle) -> None:
-    """Of a request that has its caller in another process."""
+    """The request has its caller in another process."""
