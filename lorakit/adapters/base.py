@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.places import Place, base_modules, own_tensors, parameter_places, place_of, places
 from lorakit.adapters.quantised import FULL_PRECISION, bias_of, dequantised, is_packed, is_weightless, quantisation
+from lorakit.adapters.sharded import whole
 from lorakit.errors import BaseModelMismatchError, BaseModelNotFoundError
 
 # PEFT's task types and the class that each is trained on (peft.mapping.MODEL_TYPE_TO_PEFT_MODEL_MAPPING).
@@ -169,6 +170,11 @@ class BaseModel:
             The tensor in its own dtype; None where there is none of that name, where a quantiser has packed it (what
             it gives back is not what it was given), or where it is offloaded.
         """
+        stored = self.stored(name)
+        return None if stored is None else whole(stored)
+
+    def stored(self, name: str) -> torch.Tensor | None:
+        """The same without gathering it, where several processes share the base: a DTensor (`sharded.py`)."""
         return self._weights.stored(name)
 
     def _parameter(self, name: str) -> torch.Tensor:
@@ -214,7 +220,7 @@ class _LiveWeights:
                 "give the base as its folder or Hub id."
             )
         if not packed:
-            return None if tensor is None else tensor.detach()
+            return None if tensor is None else whole(tensor.detach())
         try:
             return dequantised(module) if item == "weight" else bias_of(module)
         except Exception as error:  # each quantiser raises its own

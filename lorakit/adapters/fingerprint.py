@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lorakit.adapters.base import BaseModel
+from lorakit.adapters.sharded import picked
 from lorakit.errors import BankError, BaseModelMismatchError
 
 _PARAMETERS = 32  # parameters sampled, spread evenly over the model
@@ -73,7 +74,7 @@ def _difference(base: BaseModel, expected: dict[str, Any]) -> str:
     if _hash_places(base) != expected["places"]:
         return "the modules or their shapes differ"
     for name, recorded in expected["sample"].items():
-        here = base.parameter(name)
+        here = base.stored(name)
         if here is None or not here.is_floating_point() or here.numel() != recorded["numel"]:
             continue  # packed by a quantiser, or offloaded
         if not _same(_decode(recorded), recorded["dtype"], _pick(here)):
@@ -96,15 +97,14 @@ def _sample(base: BaseModel) -> dict[str, torch.Tensor]:
     names = sorted(base.parameters)
     step = max(1, len(names) / _PARAMETERS)
     chosen = {names[int(i * step)] for i in range(min(_PARAMETERS, len(names)))}
-    tensors = {name: base.parameter(name) for name in sorted(chosen)}
+    tensors = {name: base.stored(name) for name in sorted(chosen)}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.is_floating_point()}
 
 
 def _pick(tensor: torch.Tensor) -> torch.Tensor:
     """Up to `_VALUES` values at fixed places of a tensor, whatever its device."""
-    flat = tensor.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).long()
-    return flat[index.to(flat.device)].cpu()
+    count = tensor.numel()
+    return picked(tensor, torch.linspace(0, count - 1, min(_VALUES, count), dtype=torch.float64).long()).cpu()
 
 
 def _encode(tensor: torch.Tensor) -> dict[str, Any]:

@@ -10,8 +10,9 @@ Knows forms and flat tensors; knows no file, no device.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
@@ -241,36 +242,43 @@ class Layout:
     def of(cls, form: AdapterForm) -> Layout:
         """The layout that a form is packed by: modules in natural order of paths, each A, B, w, t and each c, d."""
         modules = []
-        weights = vectors = 0
         for path in sorted(form.modules, key=natural_key):
             module = form.modules[path]
             assert path, "a module has a path"
-            places: dict[str, int] = {}
             for item, tensor in module.tensors():
-                if item in WEIGHTS:
-                    places[item], weights = weights, _aligned(weights + tensor.numel())
-                else:
-                    assert tensor.dtype == torch.float32, f"{item} of {path} is {tensor.dtype}, not float32"
-                    places[item], vectors = vectors, _aligned(vectors + tensor.numel())
-            modules.append(
-                ModuleLayout(
-                    path=path,
-                    kind=module.kind,
-                    in_features=module.in_features,
-                    out_features=module.out_features,
-                    rank=module.rank,
-                    scale=float(module.scale),
-                    a=places.get("a"),
-                    b=places.get("b"),
-                    c=places.get("c"),
-                    d=places.get("d"),
-                    w=places.get("w"),
-                    experts=module.experts,
-                    t=places.get("t"),
-                    added=module.added,
-                )
+                assert item in WEIGHTS or tensor.dtype == torch.float32, f"{item} of {path} is {tensor.dtype}"
+            placeless = ModuleLayout(
+                path=path,
+                kind=module.kind,
+                in_features=module.in_features,
+                out_features=module.out_features,
+                rank=module.rank,
+                scale=float(module.scale),
+                experts=module.experts,
+                added=module.added,
             )
-        return cls(tuple(modules), weights, vectors)
+            modules.append((placeless, {item: tensor.numel() for item, tensor in module.tensors()}))
+        return cls.placing(modules)
+
+    @classmethod
+    def placing(cls, modules: Iterable[tuple[ModuleLayout, Mapping[str, int]]]) -> Layout:
+        """Lays tensors one after another.
+
+        Args:
+            modules: each with its tensors in their order, item → elements to set aside for it; places that a module has
+                already do not count.
+        """
+        placed = []
+        weights = vectors = 0
+        for module, elements in modules:
+            places: dict[str, Any] = {}
+            for item, count in elements.items():
+                if item in WEIGHTS:
+                    places[item], weights = weights, _aligned(weights + count)
+                else:
+                    places[item], vectors = vectors, _aligned(vectors + count)
+            placed.append(dataclasses.replace(module, **places))
+        return cls(tuple(placed), weights, vectors)
 
     @cached_property
     def weight_spans(self) -> tuple[Span, ...]:

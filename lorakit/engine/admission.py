@@ -132,7 +132,7 @@ class Admission:
     def fresh(self) -> list[Slot]:
         """Slots that were bound since the last call: the stream that computes has to wait for them once."""
         fresh, self._fresh = self._fresh, []
-        return fresh
+        return [slot for slot in fresh if slot.resident]  # its job may have ended before any batch
 
     def failed(self) -> list[Job]:
         """The jobs that failed since the last call because of their adapters."""
@@ -162,6 +162,10 @@ class Admission:
                 self._residency.release(job.held)
                 job.held = None
         self._model.forget_removed()
+
+    def close(self) -> None:
+        """Lets go of all that is held."""
+        self.let_go(lambda _: False)
 
     def _choose(self, most: int) -> None:
         stalled = sum(job.adapter in self._stalled for job in self._chosen.values())

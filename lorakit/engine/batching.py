@@ -7,6 +7,7 @@ What is taken over, and by which of its seams:
     cache         blocks are found by their tokens and by the content of the adapter that acts on them
     runner        every token is given its slot; every row is drawn by its own settings
     outputs       tokens go to the job as they come, and so does an error
+    processes     of several that share a base, the first tells the others what to do before a step, by `Orders`
 
 The paged cache, the batches' tensors, chunked prefill, asynchronous batches, CUDA graphs and tensor parallelism are
 transformers' own. `tests/engine/test_contract.py` fails first when one of these seams moves.
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -33,7 +34,8 @@ from transformers.generation import ContinuousBatchingConfig
 from lorakit.engine import sampling
 from lorakit.engine.admission import Admission
 from lorakit.engine.job import Job
-from lorakit.errors import MissingDependencyError
+from lorakit.engine.orders import Follower, Leader, Orders
+from lorakit.errors import EngineError, MissingDependencyError
 from lorakit.runtime.model import MultiLoraModel
 from lorakit.runtime.standing import Mode, Standing
 
@@ -61,6 +63,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from transformers.generation.continuous_batching.utils import (
     CudaGraphBuffer,
+    drain_queue,
     find_head_dim,
     find_num_key_value_heads,
     stream_context,
@@ -68,6 +71,9 @@ from transformers.generation.continuous_batching.utils import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from lorakit.engine.attention import cached_rows
+
+Chooser: TypeAlias = Admission | Leader | Follower
+"""What offers jobs: alone, or as one of several processes."""
 
 
 @dataclass(eq=False, repr=False)
@@ -159,10 +165,9 @@ class Cache(PagedAttentionCache):
         return _Salted(tokens, job, allocator.tokens_per_page)
 
 
-class Scheduler(FIFOScheduler):
-    """transformers' scheduler, which admits what `Admission` offers."""
+class _Owning(FIFOScheduler):
+    """transformers' scheduler, whose cache knows the jobs of its requests."""
 
-    admission: Admission
     cache: Cache
 
     def reset(self) -> None:
@@ -173,35 +178,55 @@ class Scheduler(FIFOScheduler):
     def add_waiting_request(self, state: RequestState) -> None:
         """Takes a request that is new, or that had to leave the batch."""
         assert isinstance(state, State)
-        if state.job.over:
-            self.admission.forget(state.job)
-            return
         # Without transformers' order of them, which costs every step more the more wait: ours is `Admission`'s.
         self.waiting_requests[state.request_id] = state
         self.cache.owners[state.request_id] = state.job
-        self.admission.wait(state.job)
 
     def clear_cancelled_requests(self) -> list[RequestState]:
-        """Runs at the beginning of every step: what has ended goes."""
-        for job in (*self.admission.overdue(), *self.admission.failed()):
-            self.set_request_cancellation(job.id)
+        """Takes those out that are to be cancelled."""
         cancelled: list[RequestState] = super().clear_cancelled_requests()
         if cancelled:
             # Set when running requests filled the cache, until one of them ends; transformers forgets this way to end.
             self.block_new_requests = False
         for state in cancelled:
-            assert isinstance(state, State)
             # Its batch may still run: what comes of it is not looked at.
             state._status = RequestStatus.FINISHED
-            self.admission.forget(state.job)
             self.cache.owners.pop(state.request_id, None)
-        self.admission.let_go(lambda key: key in self.active_requests or key in self.waiting_requests)
         return cancelled
 
     def finish_request(self, request_id: str) -> None:
         """Takes a request out of the batch."""
         super().finish_request(request_id)
         self.cache.owners.pop(request_id, None)
+
+    def _cleanup_waiting_queue(self, request_ids_to_remove_from_waiting: set[str]) -> None:
+        """There is no such queue."""
+
+
+class Scheduler(_Owning):
+    """transformers' scheduler, which admits what `Admission` offers."""
+
+    admission: Admission
+
+    def add_waiting_request(self, state: RequestState) -> None:
+        """Takes a request that is new, or that had to leave the batch."""
+        assert isinstance(state, State)
+        if state.job.over:
+            self.admission.forget(state.job)
+            return
+        super().add_waiting_request(state)
+        self.admission.wait(state.job)
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Runs at the beginning of every step: what has ended goes."""
+        for job in (*self.admission.overdue(), *self.admission.failed()):
+            self.set_request_cancellation(job.id)
+        cancelled = super().clear_cancelled_requests()
+        for state in cancelled:
+            assert isinstance(state, State)
+            self.admission.forget(state.job)
+        self.admission.let_go(lambda key: key in self.active_requests or key in self.waiting_requests)
+        return cancelled
 
     def schedule_batch(
         self, token_budget: int, cache_budget: int
@@ -216,8 +241,38 @@ class Scheduler(FIFOScheduler):
         jobs = self.admission.candidates(places, idle=not self.active_requests)
         return [self.waiting_requests[job.id] for job in jobs]
 
-    def _cleanup_waiting_queue(self, request_ids_to_remove_from_waiting: set[str]) -> None:
-        """There is no such queue."""
+
+class SharedScheduler(_Owning):
+    """The scheduler of one of several processes: it has the jobs that were offered to all, and treats them alike."""
+
+    def reset(self) -> None:
+        """Forgets all requests."""
+        super().reset()
+        self._ended: list[RequestState] = []
+
+    def end(self, jobs: Sequence[str]) -> None:
+        """Takes jobs out, each in its turn: transformers would have them in the order of a set, which differs."""
+        for job in jobs:
+            self.set_request_cancellation(job)
+            self._ended += super().clear_cancelled_requests()
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Those that were taken out since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def jobs(self) -> tuple[dict[str, Job], dict[str, Job]]:
+        """The jobs in the batch, and those that wait to join it."""
+        running, waiting = ({key: state.job for key, state in some.items()} for some in self._requests())
+        return running, waiting
+
+    def _requests(self) -> tuple[dict[str, State], dict[str, State]]:
+        return self.active_requests, self.waiting_requests
+
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        places = max(0, self.max_requests_per_batch - len(self.active_requests))
+        # Those that had to leave the batch come first.
+        return sorted(self.waiting_requests.values(), key=lambda state: not state.job.generated)[:places]
 
 
 class Rows:
@@ -263,17 +318,17 @@ class Runner(ModelRunner):
         segments: how many adapters they had, the base being one, summed.
     """
 
-    def __init__(self, *args: Any, model: MultiLoraModel, admission: Admission, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, model: MultiLoraModel, chooser: Chooser, **kwargs: Any) -> None:
         """Has captured nothing yet.
 
         Args:
             *args: as transformers' runner.
             model: whose adapters.
-            admission: which binds them.
+            chooser: brings them to the device.
             **kwargs: as transformers' runner.
         """
         super().__init__(*args, **kwargs)
-        self.model, self.admission = model, admission
+        self.model, self.chooser = model, chooser
         self.steps = self.segments = 0
         self._stand_in: Standing | None = None
         self._can_replay = True
@@ -296,7 +351,7 @@ class Runner(ModelRunner):
         slots += [None] * (tokens - len(slots))  # padding
         kept = self._kept(batch_data["logits_indices"].shape[0]) if self.supports_logits_to_keep(model) else None
         with self._stream():
-            self.model.pool.wait(self.admission.fresh())
+            self.model.pool.wait(self.chooser.fresh())
             standing = self._stand_in or self.model.standing(slots, **self._most())
             if standing is not None:
                 standing.set(slots, kept)
@@ -451,7 +506,7 @@ class Processor(ContinuousBatchProcessor):
 
     model_runner: Runner
 
-    def serve(self, model: MultiLoraModel, admission: Admission) -> None:
+    def serve(self, model: MultiLoraModel, chooser: Chooser) -> None:
         """Puts our parts in."""
         runner = Runner(
             logit_processor=self.logit_processor,
@@ -461,20 +516,76 @@ class Processor(ContinuousBatchProcessor):
             do_sample=False,
             return_logprobs=True,
             model=model,
-            admission=admission,
+            chooser=chooser,
         )
         self.model_runner = runner
+
+
+class SharedProcessor(Processor):
+    """The batch processor of one of several processes, which are told by the first what happens before every step."""
+
+    scheduler: SharedScheduler
+    chooser: Leader | Follower
+
+    def serve(self, model: MultiLoraModel, chooser: Chooser) -> None:
+        """Puts our parts in."""
+        assert isinstance(chooser, Leader | Follower)
+        super().serve(model, chooser)
+        self.chooser = chooser
+
+    def _update_tp_group_state(self) -> bool:
+        """Tells, or is told, and does it; gives whether some process wants all of them to stop."""
+        chooser, helper, status = self.chooser, self.distributed_helper, self.background_thread_status
+        orders = self._orders(chooser) if isinstance(chooser, Leader) else Orders()
+        size, stop, _ = helper.tp_all_reduce_state(payload_size=orders.size, stop_status=status.local_status)
+        status.update_with_tp_status(stop)
+        if stop == BackgroundThreadStatus.HARD_STOP:
+            return True
+        if size:
+            orders = helper.tp_broadcast_object_from_rank_0(orders)
+            if isinstance(chooser, Follower):
+                self.scheduler.end(orders.ended)
+            for job in chooser.carry_out(orders):
+                self.scheduler.add_waiting_request(State.of(job))
+        return False
+
+    def _orders(self, leader: Leader) -> Orders:
+        assert self.input_queue is not None and self.cancel_queue is not None
+        new = [state.job for state in drain_queue(self.input_queue)]
+        running, joining = self.scheduler.jobs()
+        ended = leader.ended(new, drain_queue(self.cancel_queue), [*running.values(), *joining.values()])
+        self.scheduler.end(ended)
+        return leader.orders(ended, *self.scheduler.jobs(), self.scheduler.max_requests_per_batch)
+
+
+class _Awake(threading.Event):
+    """Always set: who waits for the first process need not sleep beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set()
+
+    def clear(self) -> None:
+        """Does nothing."""
 
 
 def blocks_in(nbytes: int, model: PreTrainedModel, page_size: int, max_batch_tokens: int) -> int:
     """How many blocks of the paged cache so many bytes hold, with what attention needs beside them; at least one."""
     config = model.config.get_text_config()
-    page = FullAttentionCacheAllocator.get_bytes_per_page(
-        find_num_key_value_heads(config), find_head_dim(config), model.dtype, page_size
-    )
+    heads = find_num_key_value_heads(config) // _shared_by(model)
+    page = FullAttentionCacheAllocator.get_bytes_per_page(heads, find_head_dim(config), model.dtype, page_size)
     # Without FlashAttention there is a mask of (batch tokens, cache tokens).
     mask = 0 if is_flash_attention_requested(config) else max_batch_tokens * page_size * model.dtype.itemsize
     return max(1, nbytes // (page * config.num_hidden_layers + mask))
+
+
+def _shared_by(model: PreTrainedModel) -> int:
+    """How many processes share the heads of keys and values, as `DistributedHelper.are_kv_heads_tp_ed` has it."""
+    plan = getattr(model, "tp_plan", None) or {}
+    heads = (f"layers.*.self_attn.{name}" for name in ("k_proj", "v_proj"))
+    shared = all(head in plan or f"model.{head}" in plan for head in heads)
+    size: int = getattr(model, "_tp_size", None) or 1
+    return size if shared else 1
 
 
 class Batching(ContinuousBatchingManager):
@@ -489,7 +600,7 @@ class Batching(ContinuousBatchingManager):
     def __init__(
         self,
         model: MultiLoraModel,
-        admission: Admission,
+        chooser: Chooser,
         config: ContinuousBatchingConfig,
         crashed: Callable[[BaseException], None],
     ) -> None:
@@ -497,7 +608,7 @@ class Batching(ContinuousBatchingManager):
 
         Args:
             model: lent to the engine.
-            admission: offers jobs.
+            chooser: offers jobs.
             config: of transformers' continuous batching.
             crashed: called in the loop's thread with what ended it.
         """
@@ -509,7 +620,10 @@ class Batching(ContinuousBatchingManager):
         self.logit_processor = Rows()
         self.output_router = Router()
         self._served = model
-        self._admission = admission
+        self._chooser = chooser
+        self._halted = False
+        if isinstance(chooser, Follower):
+            self._wake_up_loop = _Awake()
         self._crashed: Callable[[BaseException], None] | None = crashed
 
     def start(self) -> None:
@@ -541,6 +655,7 @@ class Batching(ContinuousBatchingManager):
         Returns:
             Whether it has ended; it has not, if the loop's own thread asks.
         """
+        self._halted = True
         self.background_thread_status.request_stop(
             BackgroundThreadStatus.HARD_STOP, self.distributed_helper.global_rank
         )
@@ -548,6 +663,13 @@ class Batching(ContinuousBatchingManager):
         thread = self._generation_thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
+        return not self.is_running()
+
+    def wait(self, seconds: float) -> bool:
+        """Waits so long for the loop's end; gives whether it has ended."""
+        thread = self._generation_thread
+        if thread is not None:
+            thread.join(seconds)
         return not self.is_running()
 
     def prepare(self) -> None:
@@ -598,9 +720,13 @@ class Batching(ContinuousBatchingManager):
         )
         if not cache.max_decode_fast_path_length:
             config.max_blocks_per_request = 0
-        scheduler = Scheduler(cache, config.safety_margin, config.max_requests_per_batch)
-        scheduler.admission = self._admission
-        processor = Processor(
+        scheduler: Scheduler | SharedScheduler
+        if isinstance(self._chooser, Admission):
+            scheduler = Scheduler(cache, config.safety_margin, config.max_requests_per_batch)
+            scheduler.admission = self._chooser
+        else:
+            scheduler = SharedScheduler(cache, config.safety_margin, config.max_requests_per_batch)
+        processor = (Processor if isinstance(self._chooser, Admission) else SharedProcessor)(
             cache=cache,
             config=self.model.config.get_text_config(),
             generation_config=self.generation_config,
@@ -615,7 +741,7 @@ class Batching(ContinuousBatchingManager):
             scheduler=scheduler,
             distributed_helper=self.distributed_helper,
         )
-        processor.serve(self._served, self._admission)
+        processor.serve(self._served, self._chooser)
         return processor
 
     def _run_generation_loop(self) -> None:
@@ -624,6 +750,8 @@ class Batching(ContinuousBatchingManager):
         # SystemExit, asyncio's CancelledError, or an error of the handling of one: callers wait for a word of it.
         except BaseException as error:  # noqa: BLE001
             self._tell(error)
+        if isinstance(self._chooser, Leader) and not self._halted:
+            self._tell(EngineError("another of the processes that share the base has failed; its log says why."))
 
     def _tell(self, error: BaseException) -> None:
         crashed, self._crashed = self._crashed, None

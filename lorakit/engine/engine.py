@@ -31,10 +31,11 @@ from transformers.generation import ContinuousBatchingConfig
 
 from lorakit.adapters import names
 from lorakit.engine.admission import Admission
-from lorakit.engine.batching import Batching, blocks_in
+from lorakit.engine.batching import Batching, Chooser, blocks_in
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.handle import Completion, RequestHandle
 from lorakit.engine.job import Job
+from lorakit.engine.orders import Follower, Leader
 from lorakit.engine.request import Request, check_added, stop_strings, stop_tokens, token_ids
 from lorakit.engine.residency import Residency
 from lorakit.engine.stopping import Decode
@@ -45,6 +46,7 @@ from lorakit.errors import (
     ConfigError,
     EngineBusyError,
     EngineCrashedError,
+    EngineError,
     EngineStoppedError,
     RequestError,
 )
@@ -117,7 +119,7 @@ class Engine:
         self._batching: Batching | None = None
         self._tenants = Tenants(self.config.tenants, self.config.default_tenant)
         self._residency: Residency | None = None
-        self._admission: Admission | None = None
+        self._chooser: Chooser | None = None
         self._restarting: threading.Thread | None = None
         self._done = _Rate()
 
@@ -127,12 +129,19 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not self.leads and self._batching is not None:
+            self._batching.halt(self.config.stop_timeout)  # nor can the others go on
         self.close()
 
     @property
     def state(self) -> EngineState:
         """Whether it serves: "ready"; "restarting" after a crash; "dead" when it will not again."""
         return self._state
+
+    @property
+    def leads(self) -> bool:
+        """Whether requests are submitted here: always, but in all processes but the first that share a base."""
+        return self.model.is_first
 
     @property
     def capacity(self) -> int:
@@ -163,7 +172,24 @@ class Engine:
 
         A step that takes longer than `stop_timeout` is not waited for: the model is given back when it has ended. To
         let the requests end first, wait for their handles, or `drain`.
+
+        Where several processes share the base, the first closes the engine in all of them; the others wait for that.
+
+        Raises:
+            EngineCrashedError: in one of the others, whose loop has failed.
         """
+        crash = None if self.leads else self._wait_for_first()
+        self._close()
+        if crash is not None:
+            raise EngineCrashedError(f"the engine's loop failed in this process: {crash}") from crash
+
+    def _wait_for_first(self) -> BaseException | None:
+        """Waits until the first process closes the engine, or this one's loop fails: by what."""
+        while self._state == "ready" and self._batching is not None and not self._batching.wait(0.5):
+            pass
+        return self._cause if self._state == "dead" else None
+
+    def _close(self) -> None:
         with self._lock:
             if self._state in ("new", "closed"):
                 self._state = "closed"
@@ -239,6 +265,7 @@ class Engine:
             RequestError: a parameter cannot be, or the request cannot fit the cache.
             AdapterNotFoundError: the model does not serve this adapter.
             EngineBusyError: too much waits; with the seconds after which to try again.
+            EngineError: this is another process than the first of those that share the base.
             EngineStoppedError, EngineCrashedError: the engine does not run.
         """
         request = self._request(
@@ -338,6 +365,8 @@ class Engine:
         **plain: Any,
     ) -> Request:
         """A request as `submit` takes it, checked against the model and the cache."""
+        if not self.leads:
+            raise EngineError("requests are submitted in the first of the processes alone; ask engine.leads before.")
         batching = self._running()
         if adapter_id is not None and not isinstance(adapter_id, str):
             raise names.not_found(adapter_id, self.model.adapters, "the model")
@@ -386,7 +415,7 @@ class Engine:
             self._open[handle.id] = handle
             self._tenants.count(request.tenant, waiting=request.n)
             for sequence in range(request.n):
-                job = Job(handle, sequence, self._decode)
+                job = Job(handle, sequence, self._decode, shared=self.model.processes > 1)
                 handle.jobs.append(job)
                 batching.submit(job)
         return handle
@@ -451,22 +480,25 @@ class Engine:
         assert isinstance(base, PreTrainedModel)
         self._tenants = Tenants(self.config.tenants, self.config.default_tenant)
         self._residency = Residency(self.model, readers=self.config.readers, wake=self._wake)
-        self._admission = Admission(
-            self.model,
-            self._residency,
-            self._tenants,
-            quantum=self.config.quantum,
-            patience=self.config.patience,
-        )
-        batching = Batching(self.model, self._admission, self._settings(base), self._crashed)
+        self._chooser = self._new_chooser(self._residency)
+        batching = Batching(self.model, self._chooser, self._settings(base), self._crashed)
         try:
             batching.prepare()
         except BaseException:
             batching.stop()
+            self._chooser.close()
             self._residency.close()
             raise
         self._batching = batching
         batching.start()
+
+    def _new_chooser(self, residency: Residency) -> Chooser:
+        if not self.model.is_first:
+            return Follower(self.model, residency)
+        admission = Admission(
+            self.model, residency, self._tenants, quantum=self.config.quantum, patience=self.config.patience
+        )
+        return admission if self.model.processes == 1 else Leader(self.model, residency, admission)
 
     def _settings(self, base: PreTrainedModel) -> ContinuousBatchingConfig:
         """transformers' settings."""
@@ -504,8 +536,8 @@ class Engine:
         if batching is not None:
             batching.stop(hard_stop=True)
             batching.destroy()
-        if self._admission is not None:
-            self._admission.let_go(lambda _: False)
+        if self._chooser is not None:
+            self._chooser.close()
         if self._residency is not None:
             self._residency.close()
 
@@ -519,7 +551,8 @@ class Engine:
             if self._state == "closed":
                 return
             self._cause = error
-            again = self._restarts < self.config.restarts
+            # Several processes would have to begin anew at the same time.
+            again = self._restarts < self.config.restarts and self.model.processes == 1
             self._state = "restarting" if again else "dead"
             self._restarts += 1
             # Known to `close` as soon as the state is. It waits for this thread's end first.

@@ -35,16 +35,20 @@ class Job:
         generated: its tokens.
         cached: tokens of its prompt that the prefix cache had.
         over: whether it has ended, for whatever reason.
+        shared: whether other processes have the same job.
     """
 
-    def __init__(self, handle: RequestHandle, sequence: int, decode: Decode | None) -> None:
+    def __init__(self, handle: RequestHandle, sequence: int, decode: Decode | None, *, shared: bool = False) -> None:
         """Begins.
 
         Args:
             handle: of its request.
             sequence: which of its sequences it is.
             decode: makes text of tokens, for stop strings.
+            shared: other processes have the same job, and know nothing of its caller or of text. It leaves the batch by
+                its tokens and their number alone, or when all of them are told.
         """
+        self.shared = shared
         self.handle = handle
         self.sequence = sequence
         self.request = handle.request
@@ -100,6 +104,11 @@ class Job:
         content = f"{adapter.key}/{self.start}"
         self.salt = _SALT.unpack(hashlib.blake2b(content.encode(), digest_size=_SALT.size).digest())
 
+    def bind_like(self, slot: Slot | None, start: int, salt: tuple[int, ...] | None) -> None:
+        """Binds it as the same job is bound in another process, which may have its `slot`, `start` and `salt`."""
+        assert not self.bound
+        self.bound, self.slot, self.start, self.salt = True, slot, start, salt
+
     def slot_at(self, position: int) -> Slot | None:
         """The slot that acts on the token at a position."""
         return self.slot if position >= self.start else None
@@ -115,23 +124,30 @@ class Job:
         """Takes a generated token, and tells whether the sequence ends with it, or has ended already."""
         # Its request may have failed with another sequence.
         self.over = self.over or self.handle.done
-        if self.over:
+        if self.over and not self.shared:
             return True
         self.generated.append(token)
         self.handle.add(self.sequence, token, logprob if self.request.logprobs else None)
         if token in self.request.stop_token_ids:
             self._finish("stop", token)
             return True
+        self._look_for_text()
+        full = len(self.generated) >= self.request.max_new_tokens
+        if full and not self.over:
+            self._finish("length", None)
+        return full or (self.over and not self.shared)
+
+    def _look_for_text(self) -> None:
+        """Ends where a stop string is complete."""
+        if self._stopping is None or self.over:
+            return
         try:
-            text = self._stopping.found(self.generated) if self._stopping is not None else None
+            text = self._stopping.found(self.generated)
         except EngineError as error:
             self.fail(error)
-            return True
+            return
         if text is not None:
             self._finish("stop", text)
-        elif len(self.generated) >= self.request.max_new_tokens:
-            self._finish("length", None)
-        return self.over
 
     def cancel(self) -> None:
         """Ends where it stands."""

@@ -25,6 +25,7 @@ class Residency:
 
     Attributes:
         full: whether the last adapter that was asked for found no room beside those that are held.
+        begun: key → name of adapters whose reading has begun since somebody looked; None where nobody wants to know.
     """
 
     def __init__(self, model: MultiLoraModel, *, readers: int, wake: Callable[[], None]) -> None:
@@ -40,6 +41,7 @@ class Residency:
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="lorakit-read")
         self._reading: dict[str, Future[HostExtent]] = {}
         self.full = False
+        self.begun: dict[str, str] | None = None
 
     def slot(self, adapter: Adapter, *, patient: bool) -> Slot | None:
         """An adapter's slot, with one hold for the caller; None while it is on its way.
@@ -80,6 +82,20 @@ class Residency:
             if adapter.key not in self._model.pool and adapter.key not in self._model.pool.host:
                 self._read(adapter)
 
+    def wait_for(self, adapter: Adapter) -> HostExtent:
+        """An adapter in host memory; the caller waits while it is read.
+
+        Raises:
+            BankCorruptedError, …: it cannot be read.
+        """
+        with self._model.lock:
+            found = self._model.pool.host.get(adapter.key)
+            if found is not None:
+                return found
+            reading = self._read(adapter)
+            del self._reading[adapter.key]
+        return reading.result()
+
     def release(self, slot: Slot) -> None:
         """Ends one hold."""
         with self._model.lock:
@@ -108,6 +124,8 @@ class Residency:
             pool = self._model.pool
             reading = self._readers.submit(partial(pool.host.read, adapter.source, pool.dtype))
             self._reading[adapter.key] = reading
+            if self.begun is not None:
+                self.begun[adapter.key] = adapter.name
             reading.add_done_callback(lambda _: self._wake())
         return reading
 

@@ -61,6 +61,7 @@ class AdaptedModule:
         embedding: whether the module is given ids.
         vocabulary: of an embedding or an output layer, how many tokens the base has.
         module: the module itself.
+        at: what is hooked: the module, or the product within it whose parts several processes add up.
         base: its forward without this model's adapters.
         batch: the batch now in the model, if one of its adapters touches this module.
         aligned: its factors begin where kernels can load them, as layouts see to.
@@ -68,28 +69,29 @@ class AdaptedModule:
 
     aligned = True
 
-    def __init__(self, path: str, module: nn.Module) -> None:
+    def __init__(self, path: str, module: nn.Module, at: nn.Module | None = None) -> None:
         place = place_of(module)
         assert place is not None, f"{path} was exported, so it can carry an adapter"
-        self._take(path, module, place.kind)
+        self._take(path, module, place.kind, at)
         self.vocabulary = place.in_features if self.embedding else place.out_features
-        module.register_forward_hook(self._add, with_kwargs=True)
+        self.at.register_forward_hook(self._add, with_kwargs=True)
         if self.embedding:
             module.register_forward_pre_hook(self._clamp, with_kwargs=True)
 
-    def _take(self, path: str, module: nn.Module, kind: Kind) -> None:
+    def _take(self, path: str, module: nn.Module, kind: Kind, at: nn.Module | None = None) -> None:
         self.path = path
+        self.at = module if at is None else at
         self.batch: Batch | None = None
         self.kind = kind
         self.embedding = kind == "embedding"
-        self.base: Callable[..., torch.Tensor] = module.forward
+        self.base: Callable[..., torch.Tensor] = self.at.forward
         self.module = module
         self._ids: torch.Tensor | None = None
 
     def serve_with(self, forward: Callable[..., torch.Tensor]) -> None:
-        """Puts another forward in the place of the module's, which stays callable as `base`."""
-        self.base = self.module.forward  # maybe another model's on the same base, which must stay in the chain
-        self.module.forward = forward
+        """Puts another forward in the place of what is hooked, which stays callable as `base`."""
+        self.base = self.at.forward  # maybe another model's on the same base, which must stay in the chain
+        self.at.forward = forward
 
     @property
     def device(self) -> torch.device:

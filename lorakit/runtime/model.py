@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -56,6 +56,7 @@ from lorakit.runtime.prompts import prompt_of, starts_of
 from lorakit.runtime.routers import AdaptedRouter
 from lorakit.runtime.routing import Routing
 from lorakit.runtime.rows import Rows, together
+from lorakit.runtime.sharding import Shards
 from lorakit.runtime.siblings import SiblingFinder, Siblings
 from lorakit.runtime.stacking import Stacking
 from lorakit.runtime.standing import Mode, Standing, StandingRouting, can_stand
@@ -157,6 +158,7 @@ class MultiLoraModel(nn.Module):
         Raises:
             BankError: the folder holds no bank.
             BaseModelMismatchError: the bank was made for another base, or the model is one that PEFT has wrapped.
+            ConfigError: the base's weights are shared out over processes by other means than tensor parallelism.
         """
         super().__init__()
         convert.check_dtype(adapter_dtype)
@@ -167,6 +169,7 @@ class MultiLoraModel(nn.Module):
                 "the model has PEFT's layers inside, which would act in every row; give the base as it was loaded, and "
                 "the adapters through a bank or load_adapter."
             )
+        self._shards = Shards.of(model)
         self._base = BaseModel.of(model)
         if bank is not None:
             fingerprint.check(self._base, bank.fingerprint, owner=f"the bank at {bank.path}")
@@ -238,6 +241,16 @@ class MultiLoraModel(nn.Module):
         return [*(name for name in banked if name not in self._unloaded and name not in self._local), *self._local]
 
     @property
+    def processes(self) -> int:
+        """How many processes share the base, and have to make the same calls; mostly 1."""
+        return 1 if self._shards is None else self._shards.processes
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of them."""
+        return self._shards is None or self._shards.is_first
+
+    @property
     def config(self) -> Any:
         """The base's config."""
         return self.model.config
@@ -276,7 +289,9 @@ class MultiLoraModel(nn.Module):
             AdapterIdsError: as many ids as rows are needed; or where an adapter begins to act cannot be seen.
             AdapterNotFoundError: a name that is neither in the bank nor loaded.
         """
-        with self._batch(adapter_ids, args, kwargs, offsets=alora_offsets):
+        # transformers' tensor parallelism computes otherwise where gradients are wanted, and shows hooks no sums.
+        gradients = torch.is_grad_enabled() and self._shards is None
+        with torch.set_grad_enabled(gradients), self._batch(adapter_ids, args, kwargs, offsets=alora_offsets):
             return self.model(*args, **kwargs)
 
     def generate(
@@ -314,6 +329,7 @@ class MultiLoraModel(nn.Module):
         Raises:
             AdapterExistsError: the name is taken.
             AdapterNotFoundError: no source, and none in the bank.
+            ModelInUseError: several processes share the base, and an engine serves it.
             ConfigError: svd_energy or task_id cannot be, or stand without a source.
             CheckpointError, UnsupportedMethodError, …: as `lorakit.export` raises them; nothing is changed.
         """
@@ -322,24 +338,31 @@ class MultiLoraModel(nn.Module):
         if source is None:
             if chosen != NONE:
                 raise ConfigError(f"adapter {name!r} is converted already; svd_energy and task_id need a source.")
+            self._check_alone()
             self._bring(name)
             return
         self._check_free(name)
+        self._check_alone()
         form = convert.convert(name, source, self._base, choices=chosen)
         with self._lock:
             self._check_free(name)  # once more: another thread may have been faster
             invocation = invocation_of(form.method, form.config, name)
-            self._local[name] = _Local(f"local-{next(self._keys)}", Extent.of_form(form), invocation)
+            extent = Extent.of_form(form)
+            if self._shards is not None:
+                extent = self._shards.extent(extent, name)
+            self._local[name] = _Local(f"local-{next(self._keys)}", extent, invocation)
 
     def unload_adapter(self, name: str) -> None:
         """Takes an adapter out of the model and frees its memory; the bank on disk keeps it.
 
         Raises:
             AdapterNotFoundError: the model does not serve it.
+            ModelInUseError: several processes share the base, and an engine serves it.
         """
         with self._lock:
             if name not in self.adapters:
                 raise self._unknown(name)
+            self._check_alone()
             self._last = None
             self._pool.drop(_key_of(self._known(name)))
             if self._local.pop(name, None) is None:
@@ -493,6 +516,13 @@ class MultiLoraModel(nn.Module):
         heads = self._stood & {self._base.output}
         body = make(sorted(self._stood - heads), self._table, self._finder)
         return Standing(mode, body, make(sorted(heads), self._table, self._finder) if heads else None)
+
+    def _check_alone(self) -> None:
+        if self._lent and self.processes > 1:
+            raise ModelInUseError(
+                "several processes share the base, and an engine serves it; load and unload adapters in all of them "
+                "before it starts, or change the bank."
+            )
 
     def _check_not_lent(self) -> None:
         if self._lent:
@@ -832,15 +862,20 @@ class MultiLoraModel(nn.Module):
             return known.extent
         assert self.bank is not None
         self._compare_base(known)  # it may have come into the bank after the model was made
-        return ExtentReader(known.layout, known.dtype, partial(self._read_into, self.bank, known))
+        reader = ExtentReader(known.layout, known.dtype, partial(self._read_into, self.bank, known))
+        return reader if self._shards is None else self._shards.reader(reader, known.name)
 
     def _sources(self) -> list[Extent | ExtentReader]:
-        """The same of all adapters."""
+        """The same of all adapters, but for those that are refused when they are asked for."""
         banked = () if self.bank is None else self.bank.entries.items()
         known: list[_Known] = [
             entry for name, entry in banked if name not in self._unloaded and name not in self._local
         ]
-        return [self._source(one) for one in (*known, *self._local.values())]
+        found = []
+        for one in (*known, *self._local.values()):
+            with suppress(UnsupportedMethodError):
+                found.append(self._source(one))
+        return found
 
     @staticmethod
     def _read_into(bank: AdapterBank, entry: AdapterEntry, buffer: torch.Tensor) -> Extent:
@@ -887,7 +922,8 @@ class MultiLoraModel(nn.Module):
                 elif kind == "router":
                     self._adapted[path] = AdaptedRouter(path, found)
                 else:
-                    self._adapted[path] = AdaptedModule(path, found)
+                    within = None if self._shards is None else self._shards.partial_sums(path)
+                    self._adapted[path] = AdaptedModule(path, found, within)
 
     def _compare_base(self, entry: AdapterEntry) -> None:
         """Warns of a bank's adapter that was computed from the base's weights as they are not here.

@@ -9,8 +9,9 @@ Knows no module and no request.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -41,11 +42,13 @@ class Slot:
         generation: no two slots of a pool ever have the same, and a slot that is moved gets a new one.
         pinned: whether the slot must not be evicted.
         holds: how many batches hold the slot.
+        serial: counts the pool's slots; those of pools that do the same are counted alike.
     """
 
-    def __init__(self, key: str, index: int, host: HostExtent) -> None:
+    def __init__(self, key: str, index: int, host: HostExtent, serial: int = 0) -> None:
         self.key = key
         self.index = index
+        self.serial = serial
         self.layout: Layout = host.layout
         self.dtype: torch.dtype = host.dtype
         self.nbytes = host.layout.nbytes(host.dtype)
@@ -91,6 +94,22 @@ class Slot:
         return self._access.arrived()
 
 
+class Operation(NamedTuple):
+    """What was done with a pool, so that another does the same and lays out its memory alike.
+
+    Attributes:
+        kind: the pool's method: "put", "get", "drop", "acquire" or "release".
+        key: of the adapter.
+        name: of the adapter, where it was put.
+        serial: the slot's, where one was acquired or released.
+    """
+
+    kind: str
+    key: str
+    name: str = ""
+    serial: int = 0
+
+
 class _Plan(NamedTuple):
     """What must happen before a hole is there: first these slots go, then these extents move."""
 
@@ -112,6 +131,7 @@ class AdapterPool:
         loads: how often an adapter was brought to the device.
         loaded_bytes: what that copied there.
         evictions: how often an adapter made room for another.
+        journal: what was done since somebody looked; None where nobody wants to know.
     """
 
     def __init__(
@@ -141,6 +161,8 @@ class AdapterPool:
         self.host = HostCache(limit=host_capacity, pinned=pinned)
         self.generation = 0
         self.loads = self.loaded_bytes = self.evictions = 0
+        self.journal: list[Operation] | None = None
+        self._puts = itertools.count()
         self._slots: OrderedDict[str, Slot] = OrderedDict()
         self._leaving: set[Slot] = set()
         self._nbytes = 0
@@ -171,6 +193,8 @@ class AdapterPool:
     def get(self, key: str) -> Slot | None:
         """The slot of an adapter, now the most recently used, or None if it is not resident."""
         if key in self._slots:
+            if self.journal is not None and next(reversed(self._slots)) != key:
+                self.journal.append(Operation("get", key))
             self._slots.move_to_end(key)
         return self._slots.get(key)
 
@@ -206,7 +230,7 @@ class AdapterPool:
             plan = self._plan(nbytes, name, keep)  # refuses before anything is read
             host = self._host(key, source)
             memory, offset = self._take(plan, nbytes, name)
-            slot = Slot(key, self._take_index(), host)
+            slot = Slot(key, self._take_index(), host, next(self._puts))
             self._nbytes += nbytes
             self.generation += 1
             slot._place(memory, offset, self.generation)
@@ -220,6 +244,9 @@ class AdapterPool:
         self._slots[key] = slot
         self.loads += 1
         self.loaded_bytes += nbytes
+        if self.journal is not None:
+            assert not keep, "another pool would not know of them"
+            self.journal.append(Operation("put", key, name))
         return slot
 
     def prefetch(self, key: str, source: Extent | ExtentReader) -> None:
@@ -241,6 +268,7 @@ class AdapterPool:
         assert all(slot.resident for slot in slots), "a slot that was forgotten cannot be held"
         for slot in slots:
             slot.holds += 1
+            self._note("acquire", slot)
 
     def release(self, slots: Iterable[Slot]) -> None:
         """Ends a hold. Kernels that read the slots may still run, on streams that waited for them."""
@@ -248,6 +276,7 @@ class AdapterPool:
         for slot in slots:
             assert slot.holds > 0, "release comes after acquire"
             slot.holds -= 1
+            self._note("release", slot)
             if not slot.holds:
                 idle.append(slot)
         self._transfers.end_reads(slot._access for slot in idle)
@@ -297,11 +326,60 @@ class AdapterPool:
         slot = self._slots.pop(key, None)
         if slot is None:
             return
+        self._note("drop", slot)
         self.generation += 1
         if slot.holds:
             self._leaving.add(slot)
         else:
             self._free(slot)
+
+    def begin_anew(self) -> None:
+        """Forgets all adapters, so that pools from which the same is asked from now on are alike. None may be held."""
+        assert not self.held
+        self.keep_only(())
+        self._free_indices = []
+        self._puts = itertools.count()
+
+    def replay(self, operation: Operation, read: Callable[[Operation], HostExtent]) -> Slot | None:
+        """Does what was done with another pool that was like this one.
+
+        Args:
+            operation: the next in the order of its journal.
+            read: gives the adapter that is put.
+
+        Returns:
+            The slot that was acquired, if one was: `wait` for it.
+
+        Raises:
+            BankCorruptedError, …: as `read` and `put` raise them.
+        """
+        if operation.kind == "put":
+            self.put(operation.key, read(operation), name=operation.name)
+        elif operation.kind == "get":
+            self.get(operation.key)
+        elif operation.kind == "drop":
+            self.drop(operation.key)
+        elif operation.kind == "release":
+            self.release([self.slot_of(operation.serial)])
+        else:
+            slot = self.slot_of(operation.serial)
+            self.acquire([slot])
+            return slot
+        return None
+
+    def release_all(self) -> None:
+        """Ends every hold."""
+        for slot in (*self._slots.values(), *self._leaving):
+            for _ in range(slot.holds):
+                self.release([slot])
+
+    def slot_of(self, serial: int) -> Slot:
+        """The slot of a serial number."""
+        return next(slot for slot in (*self._slots.values(), *self._leaving) if slot.serial == serial)
+
+    def _note(self, kind: str, slot: Slot) -> None:
+        if self.journal is not None:
+            self.journal.append(Operation(kind, slot.key, serial=slot.serial))
 
     def _host(self, key: str, source: Extent | ExtentReader | HostExtent) -> HostExtent:
         found = self.host.get(key)

@@ -118,7 +118,7 @@ def at_rest(engine: Engine) -> None:
     assert (stats.open, stats.waiting, engine.model.pool.held) == (0, 0, False)
     assert stats.cache_free == 1.0
     assert not busy.waiting_requests and not busy.cache.owners
-    assert not engine._batching._admission._taken and not engine._batching._admission._waiting
+    assert not engine._batching._chooser._taken and not engine._batching._chooser._waiting
 
 
 def wait_for(engine: Engine, state: str) -> None:

@@ -33,6 +33,9 @@ SIGNATURES = {
         "cache config generation_config continuous_batching_config logit_processor input_queue cancel_queue "
         "output_router background_thread_status model_device model_dtype scheduler distributed_helper"
     ),
+    api.ContinuousBatchProcessor._update_tp_group_state: "",
+    api.DistributedHelper.tp_all_reduce_state: "payload_size stop_status pause_requested",
+    api.DistributedHelper.tp_broadcast_object_from_rank_0: "obj",
     api.OutputRouter.deliver: "output",
     api.OutputRouter.deliver_batch: "outputs",
     api.OutputRouter.fail_and_deliver: "state error",

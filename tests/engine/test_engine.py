@@ -465,7 +465,7 @@ def test_tenants_take_turns_whatever_they_submit(model):
 def test_caps_of_a_tenant(model):
     tenants = {"small": TenantPolicy(max_running=1, max_waiting=3)}
     with Engine(model, config(tenants=tenants)) as engine:
-        admission = engine._batching._admission
+        admission = engine._batching._chooser
         handles = [engine.submit(PROMPT, "lora", max_new_tokens=8, tenant="small") for _ in range(3)]
         with pytest.raises(EngineBusyError, match="tenant 'small'") as refused:
             for _ in range(3):

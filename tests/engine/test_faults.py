@@ -225,7 +225,7 @@ def test_the_ended_are_forgotten_before_their_deadlines(model):
             for handle in handles:
                 handle.result(60)
         at_rest(engine)
-        assert len(engine._batching._admission._deadlines) <= 100
+        assert len(engine._batching._chooser._deadlines) <= 100
 
 
 # Adapters
@@ -446,7 +446,7 @@ def test_an_engine_that_crashes_and_is_closed_beneath_its_callers(seed, switchin
             caller.result(40)
     assert ends["EngineCrashedError"] and ends["EngineStoppedError"] and ends["length"], ends
     assert not model.pool.held and not engine._open and engine.stats().waiting == 0 and not model._lent
-    admission = engine._admission
+    admission = engine._chooser
     assert not admission._taken and not engine._tenants._running
     monkeypatch.setattr(model.model, "forward", forward)
     with Engine(model, SMALL) as again:

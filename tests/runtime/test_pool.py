@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -533,6 +533,58 @@ def test_moves_wait_for_readers_and_for_pending_loads(device):
     for key, read in [*reads.items(), *after.items()]:
         assert torch.equal(read.cpu(), bytes_of(sources[key])), key
     check(pool, sources)
+
+
+# Pools that do the same
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pool_that_replays_another_is_laid_out_like_it(seed):
+    pick = random.Random(seed)
+    sources = {str(key): extent_of(key, rank=1 + key % 7) for key in range(12)}
+    leader, follower = (AdapterPool(device=CPU, capacity=6 * ROOM) for _ in range(2))
+    put(follower, "4")  # what was there before
+    for pool in (leader, follower):
+        pool.begin_anew()
+    leader.journal = []
+    held = []
+    read = []
+
+    def reader(operation):
+        read.append(operation.name)
+        return follower.host.read(sources[operation.key])
+
+    def layout(pool):
+        slots = [*pool._slots.values(), *sorted(pool._leaving, key=lambda slot: slot.serial)]
+        return [(slot.key, slot.serial, slot.index, slot._offset, slot.holds) for slot in slots]
+
+    puts = 0
+    for _ in range(400):
+        action, key = pick.random(), pick.choice(list(sources))
+        if action < 0.5:
+            with suppress(PoolFullError):
+                puts += leader.get(key) is None
+                slot = put(leader, key, sources[key])
+                if pick.random() < 0.4 and len(held) < 4:
+                    leader.acquire([slot])
+                    held.append(slot)
+        elif action < 0.75 and held:
+            leader.release([held.pop(pick.randrange(len(held)))])
+        elif action < 0.85:
+            leader.drop(key)
+        else:
+            leader.get(key)
+        if pick.random() < 0.3:  # some at a time
+            operations, leader.journal = leader.journal, []
+            for operation in operations:
+                slot = follower.replay(operation, reader)
+                assert (slot is not None) == (operation.kind == "acquire")
+                assert slot is None or slot.serial == operation.serial
+            assert layout(follower) == layout(leader)
+            check(follower, sources)
+    assert puts > 50 and all(name.startswith("tenant-") for name in read)
+    follower.release_all()
+    assert not follower.held
 
 
 @pytest.mark.parametrize("device", DEVICES)

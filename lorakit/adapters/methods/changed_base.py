@@ -36,7 +36,7 @@ def weight_of(checkpoint: Checkpoint, base: BaseModel, path: str, method: str, r
         raise UnsupportedMethodError(f"{source}: PEFT has no {method} for {path}, which is an embedding.")
     if rank > min(place.in_features, place.out_features):
         raise CheckpointError(f"{source}: {method} cannot take {rank} directions from the weight of {path}.")
-    stored = base.parameter(f"{path}.weight")
+    stored = base.stored(f"{path}.weight")
     weight = base.weight(path)
     if stored is None or stored.dtype not in _DTYPES:
         raise UnsupportedMethodError(

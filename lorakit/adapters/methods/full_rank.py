@@ -141,7 +141,7 @@ def _weights(checkpoint: Checkpoint, base: BaseModel, path: str, method: Method)
     if not method.reads_base:
         bias = torch.zeros(place.out_features) if place.transposed else None
         return Weights(torch.zeros(place.out_features, place.in_features), bias)
-    if method.needs_plain and base.parameter(f"{path}.weight") is None:
+    if method.needs_plain and base.stored(f"{path}.weight") is None:
         raise UnsupportedMethodError(
             f"{checkpoint.source}: {checkpoint.peft_type} takes the base's weight of {path} apart, which is quantised; "
             "train on a base that is not quantised."

@@ -28,7 +28,7 @@ def rounded(checkpoint: Checkpoint, base: BaseModel, path: str, tensor: torch.Te
     Raises:
         UnsupportedMethodError: the module's weight is packed, so its dtype does not say what PEFT would round to.
     """
-    weight = base.parameter(f"{path}.weight")
+    weight = base.stored(f"{path}.weight")
     if weight is None or not weight.is_floating_point():
         raise UnsupportedMethodError(
             f"{checkpoint.source}: its random tensors are not saved, and PEFT rounds them to the dtype of the base's "
