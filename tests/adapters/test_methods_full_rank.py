@@ -362,7 +362,7 @@ def test_a_packed_base(tmp_path, method, monkeypatch):
     """What takes W apart needs it as it was; a rotation needs only what the packed weight stands for."""
     folder = folder_of(tmp_path, method)
     base = BaseModel.of(base_of())
-    monkeypatch.setattr(base, "parameter", lambda name: None)
+    monkeypatch.setattr(base, "stored", lambda name: None)
     checkpoint, choices = read_checkpoint(folder), Choices(svd_energy=0.9)
     if method == "oft":
         assert convert(checkpoint, base, choices).svd_errors == form_of(folder, svd_energy=0.9).svd_errors

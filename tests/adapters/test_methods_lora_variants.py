@@ -124,7 +124,7 @@ def test_embeddings_are_not_for_them(tmp_path, changes):
 
 def test_a_quantised_base_is_refused(tmp_path, monkeypatch):
     folder = save(tenant_with(config_of(init_lora_weights="olora")), tmp_path / "tenant")
-    monkeypatch.setattr(BaseModel, "parameter", lambda self, name: None)
+    monkeypatch.setattr(BaseModel, "stored", lambda self, name: None)
     with pytest.raises(UnsupportedMethodError, match="OLoRA changes the base's weight of .* quantises it again"):
         form_of(folder)
 

@@ -177,6 +177,6 @@ def test_a_bank_gives_it_back(tmp_path):
 def test_what_is_drawn_again_needs_a_plain_base(tmp_path, monkeypatch):
     """A packed weight, played: its dtype says nothing of what PEFT rounds to."""
     folder = save(small(save_projection=False), tmp_path / "tenant")
-    monkeypatch.setattr(BaseModel, "parameter", lambda self, name: None)
+    monkeypatch.setattr(BaseModel, "stored", lambda self, name: None)
     with pytest.raises(UnsupportedMethodError, match="random tensors are not saved.*packed"):
         form_of(folder)
