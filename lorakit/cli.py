@@ -243,7 +243,9 @@ def generate(
 def serve(
     base: Annotated[str, typer.Argument(help="The base model: a folder or a Hub id.", show_default=False)],
     bank: Annotated[Path, typer.Option("--bank", help="The bank's folder.", show_default=False)],
-    name: Annotated[str | None, typer.Option(help="The base's name for clients; by default as it is given.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The base's name for clients; by default its Hub id, or its folder's name.")
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     dtype: Annotated[str, typer.Option(help="The base's: auto, float32, bfloat16 or float16.")] = "auto",
@@ -265,9 +267,7 @@ def serve(
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16.")
-    adapters = len(AdapterBank.open(bank))  # before anything is loaded
-    what = f"{adapters} adapter{'s' if adapters != 1 else ''} on {base}; http://{host}:{port}"
-    make_console(stderr=True).print(what, markup=False, soft_wrap=True)
+    AdapterBank.open(bank)  # refuses a folder that is none before anything is loaded
     run(
         Settings(
             base,

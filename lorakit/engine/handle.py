@@ -130,6 +130,12 @@ class RequestHandle:
         with self._lock:
             return list(self._of[sequence])
 
+    def completion(self, sequence: int = 0) -> Completion | None:
+        """A sequence's, if it has ended as it should; others may go on."""
+        with self._lock:
+            ended = self._ended.get(sequence)
+            return None if ended is None else ended.completion
+
     def cancel(self) -> None:
         """Ends it where it stands, at once for its readers; nothing happens if it has ended."""
         if not self.done:

@@ -14,9 +14,12 @@ from lorakit.errors import EngineError
 Decode = Callable[[Sequence[int]], str]
 """Token ids → their text, special tokens left out."""
 
-_SPARE = 8
+_SPARE = 12
 """Tokens looked at beside one a byte of the longest stop string: some have no text, and a character's bytes may lie in
 several."""
+
+_UNFINISHED = "�"  # what decoders write for bytes that are no whole character
+_LONGEST = 4  # tokens of a character, a byte each
 
 
 class StopStrings:
@@ -49,12 +52,21 @@ class StopStrings:
         window = tokens[-self._window :]
         # Whatever a caller's function does, it must not end the loop for others.
         try:
-            text = self._decode(window)
-            if not isinstance(text, str):  # batch_decode's list
-                raise TypeError(f"it gave {shown(text)}")
+            text = self._text(window)
         except Exception as error:
             raise EngineError(
                 f"the engine's decode makes no text of the tokens {shown(list(window))}: {type(error).__name__}: "
                 f"{error}. Give it one that takes every token of the model's, or no stop strings."
             ) from error
         return min((stop for stop in self._strings if stop in text), key=text.index, default=None)
+
+    def _text(self, window: Sequence[int]) -> str:
+        """The window's text. It may begin within a character, and then some decoders give up all of its neighbours."""
+        text = ""
+        for first in range(min(_LONGEST, len(window))):
+            text = self._decode(window[first:])
+            if not isinstance(text, str):  # batch_decode's list
+                raise TypeError(f"it gave {shown(text)}")
+            if not text.startswith(_UNFINISHED):
+                break
+        return text

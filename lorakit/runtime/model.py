@@ -240,6 +240,11 @@ class MultiLoraModel(nn.Module):
         banked = () if self.bank is None else self.bank.names
         return [*(name for name in banked if name not in self._unloaded and name not in self._local), *self._local]
 
+    def has_adapter(self, name: str) -> bool:
+        """Whether `adapter_ids` may hold a name; however many there are, it takes no time."""
+        banked = self.bank is not None and name not in self._unloaded and name in self.bank.entries
+        return banked or name in self._local
+
     @property
     def processes(self) -> int:
         """How many processes share the base, and have to make the same calls; mostly 1."""

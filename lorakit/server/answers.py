@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from typing import Any
 from lorakit.engine.handle import Completion, RequestHandle, Token
 from lorakit.server import faults
 from lorakit.server.served import Served
-from lorakit.server.texts import TextStream
+from lorakit.server.texts import UNFINISHED, TextStream
 
 _Json = dict[str, Any]
 
@@ -45,6 +46,7 @@ class Answer(ABC):
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         stops = handles[0].request.stop_strings
         self._texts = [TextStream(served.decode, stops) for _ in range(len(handles) * self._n)]
+        self._offsets = [0] * len(self._texts)  # characters of the tokens whose probabilities were told
 
     def cancel(self) -> None:
         """Nobody wants it any more."""
@@ -66,7 +68,7 @@ class Answer(ABC):
         choices = []
         for index, completion in enumerate(completions):
             text = self._texts[index].add(completion.token_ids) + self._texts[index].finish()
-            choices.append(self._choice(index, text, completion, self._logprobs(_tokens(completion), 0)))
+            choices.append(self._choice(index, text, completion, self._logprobs(index, _tokens(completion))))
         return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage(completions)}
 
     async def stream(self) -> AsyncIterator[str]:
@@ -90,23 +92,23 @@ class Answer(ABC):
             self.cancel()
 
     async def _events(self, news: asyncio.Queue[tuple[int, Token | BaseException | None]]) -> AsyncIterator[str]:
-        open_, seen = len(self._handles), [0] * len(self._texts)
-        while open_:
+        seen = dict.fromkeys(range(len(self._texts)), 0)  # tokens of each choice that goes on
+        while seen:
             place, item = await news.get()
             if isinstance(item, BaseException):
                 raise item
-            if item is None:
-                open_ -= 1
-                for sequence, completion in enumerate(self._handles[place].results(0)):
-                    index = place * self._n + sequence
+            if item is not None:
+                index = place * self._n + item.sequence
+                text, logprobs = self._texts[index].add([item.id]), self._logprobs(index, [item])
+                seen[index] += 1
+                if text or logprobs is not None:
+                    yield self._event(index, self._piece(text, logprobs), None)
+            for sequence in range(self._n):
+                index = place * self._n + sequence
+                completion = self._handles[place].completion(sequence)
+                if index in seen and completion is not None and len(completion.token_ids) == seen[index]:
+                    del seen[index]
                     yield self._event(index, self._piece(self._texts[index].finish(), None), completion.finish_reason)
-                continue
-            index = place * self._n + item.sequence
-            text = self._texts[index].add([item.id])
-            logprobs = self._logprobs([item], len(self._texts[index].text))
-            seen[index] += 1
-            if text or logprobs is not None:
-                yield self._event(index, self._piece(text, logprobs), None)
         if self._include_usage:
             completions = [completion for handle in self._handles for completion in handle.results(0)]
             yield _data({**self._chunk_head(), "choices": [], "usage": self._usage(completions)})
@@ -147,8 +149,8 @@ class Answer(ABC):
         """A whole choice."""
 
     @abstractmethod
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> _Json | None:
-        """Tokens' logarithmic probabilities, if they were asked for; offset: characters before them."""
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> _Json | None:
+        """The logarithmic probabilities of a choice's next tokens, if they were asked for."""
 
 
 class ChatAnswer(Answer):
@@ -170,14 +172,15 @@ class ChatAnswer(Answer):
             "finish_reason": _reason(completion.finish_reason),
         }
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> _Json | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> _Json | None:
         if not self._handles[0].request.logprobs:
             return None
         found = []
         for token in tokens:
             text = self._served.token_text(token.id)
-            entry = {"token": text, "logprob": token.logprob, "bytes": list(text.encode()), "top_logprobs": []}
-            found.append(entry)
+            # Of a part of a character a tokenizer tells no bytes.
+            own = None if UNFINISHED in text else list(text.encode())
+            found.append({"token": text, "logprob": _finite(token.logprob), "bytes": own, "top_logprobs": []})
         return {"content": found, "refusal": None}
 
 
@@ -200,14 +203,16 @@ class CompletionAnswer(Answer):
             "finish_reason": _reason(completion.finish_reason),
         }
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> _Json | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> _Json | None:
         if not self._handles[0].request.logprobs:
             return None
-        texts = [self._served.token_text(token.id) for token in tokens]
-        offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+        texts, offsets = [self._served.token_text(token.id) for token in tokens], []
+        for text in texts:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [token.logprob for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": None,
             "text_offset": offsets,
         }
@@ -234,10 +239,16 @@ def _tokens(completion: Completion) -> list[Token]:
     return [Token(token, logprob) for token, logprob in zip(completion.token_ids, logprobs, strict=True)]
 
 
+def _finite(logprob: float | None) -> float | None:
+    """JSON knows no infinity; OpenAI writes this."""
+    return logprob if logprob is None or math.isfinite(logprob) else -9999.0
+
+
 def _reason(reason: str | None) -> str | None:
     """OpenAI knows no "cancelled"."""
     return "stop" if reason == "cancelled" else reason
 
 
 def _data(body: _Json) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    # In ASCII: some readers of lines take more characters than a line feed for their end.
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"

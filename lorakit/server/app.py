@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import threading
 import time
@@ -24,11 +23,10 @@ from lorakit.errors import LorakitError
 from lorakit.server import faults
 from lorakit.server.answers import Answer, ChatAnswer, CompletionAnswer
 from lorakit.server.bodies import ChatBody, CompletionBody
-from lorakit.server.faults import Fault
+from lorakit.server.faults import Fault, log
 from lorakit.server.served import Served
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
-_log = logging.getLogger("lorakit.server")
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,14 @@ class App(FastAPI):
     Attributes:
         served: what it serves; None until it has been loaded.
         failed: why it could not be.
+        ended: whether it serves no more.
+        created: when it was made, in seconds since 1970.
     """
 
     served: Served | None = None
     failed: BaseException | None = None
+    ended = False
+    created: int
 
     @property
     def ready(self) -> Served:
@@ -65,18 +67,21 @@ class App(FastAPI):
             Fault: it is loading, or could not.
         """
         if self.served is None:
-            what = "could not load its model" if self.failed else "is loading its model"
-            raise Fault(503, f"the server {what}.", type="service_unavailable_error", headers={"Retry-After": "1"})
+            what, again = ("could not load", {}) if self.failed else ("is loading", {"Retry-After": "1"})
+            raise Fault(503, f"the server {what} its model.", type="service_unavailable_error", headers=again)
         return self.served
 
 
-def create_app(load: Callable[[], Served], *, limits: Limits | None = None) -> App:
+def create_app(
+    load: Callable[[], Served], *, limits: Limits | None = None, on_failure: Callable[[], None] | None = None
+) -> App:
     """Makes an application that answers at once, and serves when `load` has returned.
 
     Args:
         load: makes what is served, its engine running; called in a thread when the application starts. The engine is
             closed when the application ends.
         limits: what a client may ask for at most.
+        on_failure: called when `load` has raised an error, which is then `App.failed`.
     """
     limits = limits or Limits()
 
@@ -85,21 +90,24 @@ def create_app(load: Callable[[], Served], *, limits: Limits | None = None) -> A
         def work() -> None:
             try:
                 app.served = load()
-            except BaseException as error:  # noqa: BLE001 - told by /health
+            except BaseException as error:  # noqa: BLE001 - told by /health, and to whoever started it
                 app.failed = error
-                _log.exception("the model could not be loaded")
+                if on_failure is not None:
+                    on_failure()
+            if app.ended and app.served is not None:
+                app.served.engine.close()
 
         loading = threading.Thread(target=work, name="lorakit-load", daemon=True)
         loading.start()
         try:
             yield
         finally:
-            await asyncio.to_thread(loading.join)
+            app.ended = True  # a load under way is not waited for
             if app.served is not None:
                 await asyncio.to_thread(app.served.engine.close)
 
     app = App(title="lorakit", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.created = int(time.time())  # type: ignore[attr-defined]
+    app.created = int(time.time())
     _add_faults(app)
     app.add_middleware(_Bounded, most=limits.body)
     app.add_middleware(_Logged)
@@ -127,7 +135,7 @@ def create_app(load: Callable[[], Served], *, limits: Limits | None = None) -> A
         served = app.ready
         _check_n(body.n, limits)
         adapter = served.adapter_of(body.model)
-        prompt = await asyncio.to_thread(served.chat_prompt, body)
+        prompt = await served.chat_prompt(body)
         handles = await _submitted(served, [prompt], adapter, body.settings())
         return await _answered(
             ChatAnswer(served, body.model, handles, include_usage=body.include_usage), body.stream, request
@@ -141,7 +149,7 @@ def create_app(load: Callable[[], Served], *, limits: Limits | None = None) -> A
         if not 1 <= len(body.prompts) <= limits.prompts:
             raise Fault(400, f"prompt holds {len(body.prompts)}; give 1 to {limits.prompts}.", param="prompt")
         adapter = served.adapter_of(body.model)
-        prompts = await asyncio.to_thread(served.text_prompts, body)
+        prompts = await served.text_prompts(body)
         handles = await _submitted(served, prompts, adapter, body.settings())
         return await _answered(
             CompletionAnswer(served, body.model, handles, include_usage=body.include_usage), body.stream, request
@@ -160,7 +168,7 @@ def _card(app: App, served: Served, name: str | None) -> dict[str, Any]:
     return {
         "id": name or served.base_id,
         "object": "model",
-        "created": app.created,  # type: ignore[attr-defined]
+        "created": app.created,
         "owned_by": "lorakit",
         "root": name or served.base_id,
         "parent": None if name is None else served.base_id,
@@ -187,7 +195,7 @@ async def _answered(answer: Answer, stream: bool, request: Request) -> Response:
     if stream:
         # Proxies would keep pieces back.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(answer.stream(), media_type="text/event-stream", headers=headers)
+        return _Stream(answer, headers)
     whole = asyncio.ensure_future(answer.whole())
     gone = asyncio.ensure_future(_disconnect(request))
     try:
@@ -199,6 +207,20 @@ async def _answered(answer: Answer, stream: bool, request: Request) -> Response:
         whole.cancel()
         gone.cancel()
         answer.cancel()
+
+
+class _Stream(StreamingResponse):
+    """Events of an answer, which ends with the response also if nobody has read the first."""
+
+    def __init__(self, answer: Answer, headers: dict[str, str]) -> None:
+        super().__init__(answer.stream(), media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
 
 
 async def _disconnect(request: Request) -> None:
@@ -284,9 +306,9 @@ class _Logged:
         try:
             await self._app(scope, receive, noted)
         except Exception as error:  # noqa: BLE001 - told without what it says
-            _log.exception("request %s failed", id)
+            log.exception("request %s failed", id)
             if not status:
                 await _told(faults.of(error))(scope, receive, noted)
         finally:
             seconds = time.perf_counter() - started
-            _log.info("%s %s %d in %.3f s (%s)", scope["method"], scope["path"], status, seconds, id)
+            log.info("%s %s %d in %.3f s (%s)", scope["method"], scope["path"], status, seconds, id)

@@ -6,11 +6,62 @@ is taken and left alone. Extensions are those of vLLM: `top_k`, `stop_token_ids`
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 _LARGEST_SEED = (1 << 63) - 1
+_MOST_STOPS = 64
+
+_T = TypeVar("_T")
+# Of lists the first mistake is enough: a body of a million would else have a million errors.
+Many = Annotated[list[_T], FailFast()]
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise ValueError("give a number")
+    return value
+
+
+def _stop(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and set(map(type, value)) <= {str}):
+        if isinstance(value, list) and len(value) > _MOST_STOPS:
+            raise ValueError(f"give at most {_MOST_STOPS} texts")
+        return value
+    raise ValueError("give a text, or a list of texts")
+
+
+def _prompt(value: Any) -> Any:
+    kinds = set(map(type, value)) if isinstance(value, list) else None
+    if isinstance(value, str) or kinds in (set(), {str}, {int}):
+        return value
+    if kinds == {list} and all(set(map(type, one)) <= {int} for one in value):
+        return value
+    raise ValueError("give a text, a list of texts, token ids, or a list of such lists")
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and set(map(type, value)) <= {dict}):
+        return value
+    raise ValueError("give a text, or a list of parts")
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Stop = Annotated[Any, PlainValidator(_stop, json_schema_input_type=str | list[str])]
+Prompt = Annotated[Any, PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]])]
+Content = Annotated[Any, PlainValidator(_content, json_schema_input_type=str | list[dict[str, Any]])]
 
 
 class StreamOptions(BaseModel):
@@ -30,12 +81,12 @@ class _Asked(BaseModel):
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     max_tokens: StrictInt | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: Number = Field(1.0, ge=0, le=2)
+    top_p: Number = Field(1.0, gt=0, le=1)
     top_k: StrictInt = Field(0, ge=-1)
     seed: StrictInt | None = Field(None, ge=-_LARGEST_SEED - 1, le=_LARGEST_SEED)
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Many[StrictInt] = []
     ignore_eos: StrictBool = False
     n: StrictInt = Field(1, ge=1)
 
@@ -51,6 +102,12 @@ class _Asked(BaseModel):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, given: Any) -> Any:
+        """As in OpenAI's API, whose clients send null for what they do not set."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> _Asked:
@@ -73,7 +130,7 @@ class _Asked(BaseModel):
             # The engine's are not negative.
             "seed": None if self.seed is None else self.seed % (1 << 64),
             "stop": self.stop or None,
-            "stop_token_ids": self.stop_token_ids,
+            "stop_token_ids": self.stop_token_ids or None,
             "ignore_eos": self.ignore_eos,
             "logprobs": self.wants_logprobs,
             "n": self.n,
@@ -96,14 +153,24 @@ class _ResponseFormat(BaseModel):
     type: Literal["text"]
 
 
+class Message(BaseModel):
+    """One message of a conversation; what else it holds is the template's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: StrictStr
+    content: Content | None = None
+
+
 class ChatBody(_Asked):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
-    tools: list[dict[str, Any]] | None = None
+    tools: Many[dict[str, Any]] = []
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Any = None
+    modalities: Many[Literal["text"]] = []
     response_format: _ResponseFormat | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Literal[0] | None = None
@@ -123,7 +190,7 @@ class ChatBody(_Asked):
 class CompletionBody(_Asked):
     """POST /v1/completions."""
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    prompt: Prompt
     # OpenAI's default.
     max_tokens: StrictInt | None = Field(16, ge=1)
     logprobs: Literal[0] | None = None
@@ -145,7 +212,5 @@ class CompletionBody(_Asked):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """One or more, each a text or ids."""
-        prompt: Any = self.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return [prompt]
-        return list(prompt)
+        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        return [self.prompt] if one else self.prompt

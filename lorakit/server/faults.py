@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,12 @@ from lorakit.errors import (
     DeadlineExceededError,
     EngineBusyError,
     EngineError,
+    EngineStoppedError,
     LorakitError,
     RequestError,
 )
+
+log = logging.getLogger("lorakit.server")
 
 
 class Fault(Exception):
@@ -90,8 +94,11 @@ def of(error: BaseException) -> Fault:
         return Fault(504, message, type="timeout_error", code="deadline_exceeded")
     if isinstance(error, RequestError | ConfigError):
         return Fault(400, message)
+    log.error("%s: %s", type(error).__name__, message)
     if isinstance(error, EngineError):
-        return Fault(503, message, type="service_unavailable_error", headers={"Retry-After": "1"})
-    if isinstance(error, LorakitError):  # an adapter that cannot be read, or does not fit
-        return Fault(500, message, type="server_error", code="adapter_failed")
+        told = "the engine does not run" if isinstance(error, EngineStoppedError) else "the engine failed"
+        return Fault(503, f"{told}.", type="service_unavailable_error", headers={"Retry-After": "1"})
+    if isinstance(error, LorakitError):  # it may tell of the server's folders
+        told = "the adapter cannot be served; the server's log tells why."
+        return Fault(500, told, type="server_error", code="adapter_failed")
     return Fault(500, "the server failed; its log tells more.", type="server_error")

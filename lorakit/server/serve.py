@@ -6,8 +6,11 @@ no more connections, lets requests under way end, and goes.
 
 from __future__ import annotations
 
+import logging
+import socket
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from lorakit.engine.engine import Engine
 from lorakit.errors import BaseModelNotFoundError
 from lorakit.runtime.model import MultiLoraModel
 from lorakit.server.app import create_app
+from lorakit.server.faults import log
 from lorakit.server.served import Served
 
 
@@ -29,7 +33,7 @@ class Settings:
     Attributes:
         base: a folder or a Hub id.
         bank: the bank's folder.
-        name: the base's name for clients; None: as `base` is written.
+        name: the base's name for clients; None: the Hub id, or the folder's own name.
         host: the address to listen at.
         port: the port; 0: any that is free.
         dtype: the base's, as torch names it; "auto": as it is stored.
@@ -52,17 +56,33 @@ class Settings:
 
 
 def serve(settings: Settings) -> None:
-    """Serves until the process is told to end."""
-    app = create_app(partial(load, settings))
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
-    )
-    uvicorn.Server(config).run()
+    """Serves until the process is told to end.
+
+    Raises:
+        LorakitError: the model cannot be loaded, see `load`.
+        OSError: the address is taken, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as listener:
+        # Before minutes are spent on loading.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        log.setLevel(logging.INFO)
+        host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+        log.info("%s at http://%s:%d", settings.bank, host, listener.getsockname()[1])
+
+        def end() -> None:
+            server.should_exit = True
+
+        app = create_app(partial(load, settings), on_failure=end)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(settings.drain))
+        )
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])
+    if app.failed is not None:
+        raise app.failed
 
 
 def load(settings: Settings) -> Served:
@@ -80,7 +100,8 @@ def load(settings: Settings) -> Served:
     if torch.cuda.is_available():
         options["device_map"] = "cuda"
     model = MultiLoraModel.from_pretrained(settings.base, settings.bank, **options)
-    name = settings.name or settings.base
+    folder = Path(settings.base)
+    name = settings.name or (folder.resolve().name if folder.is_dir() else settings.base)  # not where it lies
     engine = Engine(model, settings.engine, decode=partial(tokenizer.decode, skip_special_tokens=True))
     return Served(engine.start(), tokenizer, name, request_timeout=settings.request_timeout)
 

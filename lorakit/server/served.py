@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.engine.engine import Engine
 from lorakit.engine.handle import RequestHandle
 from lorakit.errors import AdapterNotFoundError
-from lorakit.server.bodies import ChatBody, CompletionBody
+from lorakit.server.bodies import ChatBody, CompletionBody, Message
 from lorakit.server.faults import Fault, no_such_model
+
+_T = TypeVar("_T")
+
+_RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
 
 
 class Served:
@@ -38,6 +44,8 @@ class Served:
         self.base_id = base_id
         self._tokenizer = tokenizer
         self._timeout = request_timeout
+        # Of its own: long prompts must not keep others from being queued.
+        self._writers = ThreadPoolExecutor(2, thread_name_prefix="lorakit-prompt")
 
     @property
     def names(self) -> list[str]:
@@ -52,49 +60,48 @@ class Served:
         """
         if model == self.base_id:
             return None
-        names = set(self.names)
-        short = model.removeprefix(f"{self.base_id}:")
-        for name in (model, short):
-            if name in names:
+        for name in (model, model.removeprefix(f"{self.base_id}:")):
+            if self.engine.model.has_adapter(name):
                 return name
         raise no_such_model(model)
 
-    def chat_prompt(self, body: ChatBody) -> list[int]:
+    async def chat_prompt(self, body: ChatBody) -> list[int]:
         """The ids of a conversation, by the tokenizer's chat template.
 
         Raises:
             Fault: it has none, or that does not take the messages.
         """
         if not self._tokenizer.chat_template:
-            raise Fault(
-                400,
-                f"{self.base_id!r} has no chat template; use /v1/completions.",
-                param="messages",
-                code="no_template",
-            )
-        tools = None if body.tool_choice == "none" else body.tools
+            message = f"{self.base_id!r} has no chat template; use /v1/completions."
+            raise Fault(400, message, param="messages", code="no_template")
+        options = body.chat_template_kwargs or {}
+        reserved = sorted(_RESERVED & set(options))
+        if reserved:  # a template of a client's own could keep the server busy for ever
+            message = f"{reserved[0]!r} is not a client's to set; leave it out."
+            raise Fault(400, message, param="chat_template_kwargs", code="invalid_value")
+        tools = None if body.tool_choice == "none" else body.tools or None
+        return await self._aside(self._rendered, [_plain(message) for message in body.messages], tools, options)
+
+    async def text_prompts(self, body: CompletionBody) -> list[list[int]]:
+        """The ids of each prompt of a completion."""
+        return await self._aside(
+            lambda: [self._ids(one, special=True) if isinstance(one, str) else one for one in body.prompts]
+        )
+
+    async def _aside(self, work: Callable[..., _T], *args: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._writers, work, *args)
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: Any, options: dict[str, Any]) -> list[int]:
         try:
             text = self._tokenizer.apply_chat_template(
-                [_plain(message) for message in body.messages],
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=True,
-                **(body.chat_template_kwargs or {}),
+                messages, tools=tools, tokenize=False, add_generation_prompt=True, **options
             )
         except Exception as error:  # a template raises what it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise Fault(
-                400,
-                f"the chat template does not take these messages: {reason}.",
-                param="messages",
-                code="invalid_value",
-            ) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            message = f"the chat template does not take these messages: {reason}."
+            raise Fault(400, message, param="messages", code="invalid_value") from error
         # A template writes its own special tokens.
         return self._ids(str(text), special=False)
-
-    def text_prompts(self, body: CompletionBody) -> list[list[int]]:
-        """The ids of each prompt of a completion."""
-        return [self._ids(one, special=True) if isinstance(one, str) else one for one in body.prompts]
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         if not _is_text(text):
@@ -132,18 +139,18 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
+def _plain(message: Message) -> dict[str, Any]:
     """A message whose parts of text are one text, as most templates want it.
 
     Raises:
         Fault: a part is no text.
     """
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
+    plain = message.model_dump(exclude_unset=True)
+    if not isinstance(message.content, list):
+        return plain
     texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+    for part in message.content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise Fault(400, "only parts of text are served in a message's content.", param="messages")
         texts.append(part["text"])
-    return {**message, "content": "".join(texts)}
+    return {**plain, "content": "".join(texts)}

@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[Sequence[int]], str]
 """Token ids → their text."""
 
-_UNFINISHED = "�"  # what decoders write for bytes that are no whole character yet
-_BEFORE = 6  # tokens that are decoded again with the new ones: some decoders join words by what stands before
+UNFINISHED = "�"
+"""What decoders write for bytes that are no whole character, or not yet."""
+
+_BEFORE = 6  # tokens, or more, that are decoded again with the new ones: some decoders join words by what stands before
+_PATIENCE = 16  # tokens after which what is no whole character is taken for what it is: models write such, too
 
 
 class TextStream:
@@ -32,24 +35,34 @@ class TextStream:
         self._decode = decode
         self._stops = tuple(stops)
         self._tokens: list[int] = []
-        self._start = self._read = 0  # tokens that are decoded again, and that were read
+        # Where whole texts ended, as token counts: what is decoded again begins at the first, as in the middle of a
+        # character some decoders give up all of its neighbours; what was read ends at the last.
+        self._ends = [0]
         self._held = ""
         self._stopped = False
 
     def add(self, tokens: Sequence[int]) -> str:
         """Takes tokens, and gives the text that will not change any more."""
-        self._tokens += tokens
-        before = self._decode(self._tokens[self._start : self._read])
-        now = self._decode(self._tokens[self._start :])
-        if now.endswith(_UNFINISHED):
+        return "".join(map(self._add, tokens))
+
+    def _add(self, token: int) -> str:
+        self._tokens.append(token)
+        now = self._decode(self._tokens[self._ends[0] :])
+        if now.endswith(UNFINISHED) and len(self._tokens) - self._ends[-1] < _PATIENCE:
             return ""
-        self._start, self._read = max(self._start, len(self._tokens) - _BEFORE), len(self._tokens)
-        return self._give(now[len(before) :], is_last=False)
+        new = now[len(self._before()) :]
+        self._ends.append(len(self._tokens))
+        while len(self._ends) > 1 and self._ends[1] <= len(self._tokens) - _BEFORE:
+            del self._ends[0]
+        return self._give(new, is_last=False)
 
     def finish(self) -> str:
         """Gives what was held back: nothing follows."""
-        before = self._decode(self._tokens[self._start : self._read])
-        return self._give(self._decode(self._tokens[self._start :])[len(before) :], is_last=True)
+        return self._give(self._decode(self._tokens[self._ends[0] :])[len(self._before()) :], is_last=True)
+
+    def _before(self) -> str:
+        """What was read of what is decoded again."""
+        return self._decode(self._tokens[self._ends[0] : self._ends[-1]])
 
     def _give(self, new: str, *, is_last: bool) -> str:
         if self._stopped:

@@ -110,7 +110,7 @@ def test_the_cost_of_a_token_does_not_grow_with_the_sequence():
     tokens = toy.tokens(*(f"w{i} " for i in range(2000)))
     stopping = StopStrings(["the end", "é" * 10], toy.decode)
     assert ends(stopping, tokens) is None
-    assert max(toy.decoded) == 20 + 8 and len(toy.decoded) == 2000
+    assert max(toy.decoded) == 20 + 12 and len(toy.decoded) == 2000
 
 
 def test_without_stop_strings_nothing_is_decoded():
@@ -183,3 +183,23 @@ def test_tokenizers_of_both_kinds(tokenizer, tokens, stop, end):
     assert found == (end and (end, stop))
     whole = [count for count in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:count])]
     assert (whole[0] if whole else None) == end
+
+
+def by_fallback(tokens):
+    """As tokenizers with a fallback to bytes decode: a run of them with one too few is given up whole."""
+    return bytes(tokens).decode() if _is_whole(tokens) else "�" * len(tokens)
+
+
+def _is_whole(tokens):
+    try:
+        bytes(tokens).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def test_a_window_that_begins_within_a_character_is_no_hindrance():
+    stops = StopStrings(["😂"], by_fallback)
+    text = ("日😀" * 6 + "😂").encode()
+    found = [stops.found(list(text[:end])) for end in range(1, len(text) + 1)]
+    assert found[-1] == "😂" and not any(found[:-1])

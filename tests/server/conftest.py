@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import uvicorn
+from loopback import BASE, TENANTS
 from openai import OpenAI
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -16,9 +17,6 @@ from lorakit.embedded import model_path
 from lorakit.engine.config import EngineConfig
 from lorakit.server.app import create_app
 from lorakit.server.served import Served
-
-BASE = "org/tiny"
-TENANTS = ("sql", "poet", "clerk")
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import time
 
 import httpx
 import pytest
-from conftest import BASE
 from fastapi.testclient import TestClient
+from loopback import BASE
 
 from lorakit.server.app import Limits, create_app
 
@@ -153,7 +153,7 @@ def test_the_command_serves_and_lets_requests_end_when_it_is_told_to(folders):
         port = taken.getsockname()[1]
     command = [sys.executable, "-m", "lorakit", "serve", str(folders / "base"), "--bank", str(folders / "bank")]
     process = subprocess.Popen(
-        [*command, "--name", "tiny", "--port", str(port), "--max-requests", "4"],
+        [*command, "--port", str(port), "--max-requests", "4"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -169,14 +169,32 @@ def test_the_command_serves_and_lets_requests_end_when_it_is_told_to(folders):
                     return False
 
             until(ready, 90)
-            assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["tiny", "sql"]
+            assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["base", "sql"]
             asked = {**CHAT, "stream": True, "max_tokens": 120}
-            with http.stream("POST", "/v1/chat/completions", json=asked) as answer:
+            with http.stream("POST", "/v1/chat/completions", json=asked, headers={"x-request-id": "mine"}) as answer:
                 lines = (line for line in answer.iter_lines() if line)
                 next(lines)
                 process.send_signal(signal.SIGTERM)
                 rest = list(lines)
             assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
         assert process.wait(30) in (0, -signal.SIGTERM)
+        log = process.stderr.read()
+        assert f"http://127.0.0.1:{port}" in log and "POST /v1/chat/completions 200" in log and "(mine)" in log
     finally:
         process.kill()
+
+
+def test_what_cannot_be_served_is_told_by_the_command(folders, tmp_path):
+    def end(*arguments):
+        command = [sys.executable, "-m", "lorakit", "serve", *map(str, arguments), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert "in use" in end(folders / "base", "--bank", folders / "bank")
+    assert "no bank" in end(folders / "base", "--bank", tmp_path)
+    assert "has no tokenizer that can be read" in end(tmp_path, "--bank", folders / "bank")

@@ -2,7 +2,7 @@
 
 import openai
 import pytest
-from conftest import BASE, TENANTS
+from loopback import BASE, TENANTS
 
 MESSAGES = [{"role": "user", "content": "How many rows has the table?"}]
 
@@ -142,6 +142,23 @@ def test_parts_of_text_are_one_text(client):
     assert found.choices[0].message == client.chat.completions.create(messages=MESSAGES, **asked).choices[0].message
 
 
+def test_what_is_null_is_left_out(client):
+    nothing = dict.fromkeys(("temperature", "top_p", "n", "stream", "stop", "seed", "max_tokens", "logprobs"))
+    found = client.completions.create(model="sql", prompt="a", extra_body=nothing)
+    assert found.usage.completion_tokens <= 16
+
+
+def test_a_choice_that_ends_early_is_told_at_once(client, served):
+    asked = {"model": "poet", "prompt": "a", "max_tokens": 60, "temperature": 1.5, "n": 4, "seed": 3}
+    whole = client.completions.create(**asked)
+    stop = whole.choices[1].text[:6]
+    seen = []
+    for chunk in client.completions.create(**asked, stop=stop, stream=True):
+        seen.append((chunk.choices[0].index, chunk.choices[0].finish_reason))
+    assert sorted(index for index, reason in seen if reason) == [0, 1, 2, 3]
+    assert seen.index((1, "stop")) < len(seen) / 2
+
+
 def test_models_are_the_base_and_its_adapters(client):
     cards = {card.id: card for card in client.models.list()}
     assert list(cards) == [BASE, *TENANTS]
@@ -184,6 +201,11 @@ def test_requests_of_many_tenants_share_batches(client, served):
             "text",
         ),
         ({"max_tokens": 100000}, None, "shorten"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "chat_template_kwargs", "not a client's"),
+        ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "chat_template_kwargs", "not a client's"),
+        ({"messages": [{"role": 5, "content": "a"}]}, "messages", "valid string"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "messages", "give a text"),
+        ({"extra_body": {"temperature": "0.5"}}, "temperature", "give a number"),
         ({"extra_body": {"stream_options": {"include_usage": True}}}, None, "set stream to true"),
     ],
     ids=str,
@@ -210,18 +232,19 @@ def test_an_engine_that_is_full_says_when_to_come_again(client, served, monkeypa
     assert caught.value.response.headers["retry-after"] == "3"
 
 
-def test_an_adapter_that_fails_while_a_stream_runs_ends_it_with_an_error(client, served, monkeypatch):
+def test_an_adapter_that_fails_while_a_stream_runs_ends_it_with_an_error(client, served, monkeypatch, caplog):
     from lorakit.errors import BankCorruptedError
 
     real = served.served.engine.submit
 
     def failing(*args, **kwargs):
         handle = real(*args, **kwargs)
-        handle.fail(BankCorruptedError("the adapter 'sql' is damaged"))
+        handle.fail(BankCorruptedError("the adapter in /secret is damaged"))
         return handle
 
     monkeypatch.setattr(served.served.engine, "submit", failing)
-    with pytest.raises(openai.APIError, match="damaged"):
+    with pytest.raises(openai.APIError, match="cannot be served"):
         list(client.chat.completions.create(model="sql", messages=MESSAGES, stream=True))
-    with pytest.raises(openai.InternalServerError, match="damaged"):
+    with pytest.raises(openai.InternalServerError, match="cannot be served") as caught:
         client.chat.completions.create(model="sql", messages=MESSAGES)
+    assert "secret" not in str(caught.value) and caplog.text.count("/secret is damaged") == 2

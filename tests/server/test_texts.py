@@ -40,6 +40,27 @@ def test_the_first_stop_string_ends_it(text, stops, pieces):
         assert text.startswith(found) and not any(stop in found for stop in stops)
 
 
+def by_fallback(tokens):
+    """As tokenizers with a fallback to bytes decode (Llama 2's): a run with a byte too few is given up whole."""
+    text, run = "", b""
+    for token in [*tokens, None]:
+        if token is not None and token >= 128:
+            run += bytes([token])
+            continue
+        try:
+            text += run.decode()
+        except UnicodeDecodeError:
+            text += "�" * len(run)
+        text, run = text + ("" if token is None else chr(token)), b""
+    return text
+
+
+@given(st.text("a日😀é", max_size=30))
+def test_a_run_of_characters_of_several_tokens_is_never_begun_in_the_middle(text):
+    stream = TextStream(by_fallback, ())
+    assert "".join(stream.add([token]) for token in text.encode()) + stream.finish() == text
+
+
 @pytest.mark.parametrize(
     ("text", "stops", "found"),
     [
