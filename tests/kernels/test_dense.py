@@ -46,8 +46,8 @@ def with_tiles(monkeypatch):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64])
-@pytest.mark.parametrize("outs", [(64, 32), (40, 24, 72), (32, 7, 1, 33)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 17, 64])
+@pytest.mark.parametrize("outs", [(64, 40), (32, 7, 1, 33)], ids=str)
 def test_all_siblings_get_their_product(device, outs, tokens, dtype, bias):
     operands = case(device, tokens, outs, dtype=dtype, bias=bias)
     for y, expected in zip(products(*operands), exact(*operands), strict=True):
