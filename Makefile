@@ -50,11 +50,11 @@ install: $(STAMPS)/dev  ## set up the environment for development
 # One thread a worker: xdist already fills the cores.
 .PHONY: test
 test: $(STAMPS)/dev  ## run the tests
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 .PHONY: quantised
 quantised: $(STAMPS)/dev $(STAMPS)/quantisers  ## run the tests on quantised bases, each with its quantiser
-	PYTHONPATH=$(VENV)/quantisers OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests/runtime/test_quantised.py
+	PYTHONPATH=$(VENV)/quantisers OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/runtime/test_quantised.py
 
 .PHONY: compatibility
 compatibility: $(STAMPS)/dev  ## measure which methods are exact, and write docs/guides/compatibility.md

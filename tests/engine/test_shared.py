@@ -23,7 +23,8 @@ pytest.importorskip("transformers.distributed.tensor_parallel")
 if not distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-pytestmark = pytest.mark.slow
+# One worker has all of them: what the processes give is computed once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 MIX = [None, "lora", "rslora", "dora", "embeddings", "alora"]
 MANY = requests(24, MIX)

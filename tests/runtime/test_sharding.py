@@ -28,7 +28,8 @@ pytest.importorskip("transformers.distributed.tensor_parallel")
 if not distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-pytestmark = pytest.mark.slow
+# One worker has all of them: what the processes give is computed once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 UNEVEN = "llama-uneven"
 FEW = ["dora", "embeddings", "ia3", "biases"]
