@@ -261,12 +261,13 @@ def serve(
     """Serve a bank over HTTP, by OpenAI's routes."""
     _need("the server needs", ["fastapi", "uvicorn"], extra="server")
     from lorakit.adapters.bank import AdapterBank
+    from lorakit.adapters.dtypes import WEIGHT_NAMES
     from lorakit.engine.config import EngineConfig
     from lorakit.server.serve import Settings
     from lorakit.server.serve import serve as run
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16.")
+    if dtype not in ("auto", *WEIGHT_NAMES):
+        raise ConfigError(f"--dtype {dtype!r} is unknown; use one of auto, {', '.join(WEIGHT_NAMES)}.")
     AdapterBank.open(bank)  # refuses a folder that is none before anything is loaded
     run(
         Settings(
@@ -399,16 +400,9 @@ def _dtype(name: str | None) -> Any:
 
 
 def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
+    from lorakit.server.tokenizer import read_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a broken or missing tokenizer makes transformers raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BaseModelNotFoundError(
-            f"the base model {source!r} has no tokenizer that can be read ({reason}); save one beside it, "
-            "or name another base with --base."
-        ) from error
+    tokenizer = read_tokenizer(source, remedy="save one beside it, or name another base with --base")
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise BaseModelNotFoundError(
             f"the tokenizer of the base model {source!r} has neither a padding nor an end token, so prompts cannot be "

@@ -18,7 +18,9 @@ _SPARE = 12
 """Tokens looked at beside one a byte of the longest stop string: some have no text, and a character's bytes may lie in
 several."""
 
-_UNFINISHED = "�"  # what decoders write for bytes that are no whole character
+UNFINISHED = "�"
+"""What decoders write for bytes that are no whole character, or not yet."""
+
 _LONGEST = 4  # tokens of a character, a byte each
 
 
@@ -67,6 +69,6 @@ class StopStrings:
             text = self._decode(window[first:])
             if not isinstance(text, str):  # batch_decode's list
                 raise TypeError(f"it gave {shown(text)}")
-            if not text.startswith(_UNFINISHED):
+            if not text.startswith(UNFINISHED):
                 break
         return text

@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from lorakit.runtime.layers import is_plain_linear
+
 FEWEST, MOST = 8, 32
 """Rows, from and to."""
 
@@ -21,7 +23,7 @@ FEWEST, MOST = 8, 32
 def turned(model: nn.Module) -> Iterator[None]:
     """Inside, a model's plain linear modules that are on the CPU and in fp32 compute this way; without MKL, none."""
     found = model.modules() if torch.backends.mkl.is_available() else ()
-    modules = [module for module in found if isinstance(module, nn.Linear) and _is_plain(module)]
+    modules = [module for module in found if is_plain_linear(module) and _is_turned(module)]
     for module in modules:
         vars(module)["forward"] = partial(_forward, module)
     try:
@@ -31,11 +33,9 @@ def turned(model: nn.Module) -> Iterator[None]:
             del vars(module)["forward"]
 
 
-def _is_plain(module: nn.Linear) -> bool:
-    """Whether it computes what its weight says and nothing else: not quantised, wrapped or parametrised."""
-    if type(module) is not nn.Linear or "forward" in vars(module) or type(module.weight) is not nn.Parameter:
-        return False
-    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+def _is_turned(module: nn.Linear) -> bool:
+    """Whether it is on the CPU, in fp32, and its forward is the class's own."""
+    return "forward" not in vars(module) and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
 
 
 def _forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:

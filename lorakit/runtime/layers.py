@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -149,6 +149,14 @@ class AdaptedModule:
                 f"{self.path} was given {lead} rows for {len(rows.slots) * rows.tokens} of the batch: the model does "
                 "not feed it row by row, so adapters on it cannot share a batch; give all rows one adapter."
             )
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is torch's own Linear with a weight that is what it says: not quantised, not parametrised.
+
+    Whether its forward was wrapped is not looked at.
+    """
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorakit.runtime import ops
-from lorakit.runtime.layers import AdaptedModule
+from lorakit.runtime.layers import AdaptedModule, is_plain_linear
 
 
 class GroupBatch(Protocol):
@@ -87,7 +87,7 @@ class Siblings:
         return ys[index]
 
     def _outputs(self, modules: Sequence[AdaptedModule], x: torch.Tensor) -> list[torch.Tensor]:
-        ys = self._joined(x) if len(modules) > 1 and self._can_join(x) else [module.base(x) for module in modules]
+        ys = self._joined(x) if self._can_join(x) else [module.base(x) for module in modules]
         return ys if self.batch is None else self.batch.add_together(modules, ys, x)
 
     def _can_join(self, x: torch.Tensor) -> bool:
@@ -105,10 +105,7 @@ class Siblings:
 
 def _are_plain(modules: Sequence[AdaptedModule]) -> bool:
     """Whether modules compute what their weights say and nothing else: not quantised, wrapped or parametrised."""
-    plain = all(
-        type(module.module) is nn.Linear and _is_own(module.base) and type(module.module.weight) is nn.Parameter
-        for module in modules
-    )
+    plain = all(is_plain_linear(module.module) and _is_own(module.base) for module in modules)
     return plain and len({module.module.bias is None for module in modules}) == 1
 
 

@@ -16,15 +16,16 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from lorakit.engine.handle import Completion, RequestHandle, Token
+from lorakit.engine.stopping import UNFINISHED
 from lorakit.server import faults
 from lorakit.server.served import Served
-from lorakit.server.texts import UNFINISHED, TextStream
+from lorakit.server.texts import TextStream
 
 _Json = dict[str, Any]
 
 
 class Answer(ABC):
-    """What one call of a route is answered with."""
+    """What one call of a route is answered with. Whoever sends it cancels it in the end."""
 
     kind: str
     chunk_kind: str
@@ -57,14 +58,10 @@ class Answer(ABC):
         """All of it, when it is done.
 
         Raises:
-            LorakitError: a request failed; the others are cancelled.
+            LorakitError: a request failed.
         """
-        try:
-            await asyncio.gather(*map(_ended, self._handles))
-            completions = [completion for handle in self._handles for completion in handle.results(0)]
-        except BaseException:
-            self.cancel()
-            raise
+        await asyncio.gather(*map(_ended, self._handles))
+        completions = [completion for handle in self._handles for completion in handle.results(0)]
         choices = []
         for index, completion in enumerate(completions):
             text = self._texts[index].add(completion.token_ids) + self._texts[index].finish()
@@ -72,7 +69,7 @@ class Answer(ABC):
         return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage(completions)}
 
     async def stream(self) -> AsyncIterator[str]:
-        """Its events, as they come; an error is the last of them. Whoever stops listening ends it."""
+        """Its events, as they come; an error is the last of them."""
         try:
             for index in range(len(self._texts)):
                 for delta in self._opening():
@@ -88,8 +85,6 @@ class Answer(ABC):
             yield "data: [DONE]\n\n"
         except Exception as error:  # noqa: BLE001 - the headers are gone: an error can only be told in the stream
             yield _data(faults.of(error).body)
-        finally:
-            self.cancel()
 
     async def _events(self, news: asyncio.Queue[tuple[int, Token | BaseException | None]]) -> AsyncIterator[str]:
         seen = dict.fromkeys(range(len(self._texts)), 0)  # tokens of each choice that goes on

@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 import uvicorn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.engine import Engine
-from lorakit.errors import BaseModelNotFoundError
 from lorakit.runtime.model import MultiLoraModel
 from lorakit.server.app import create_app
 from lorakit.server.faults import log
 from lorakit.server.served import Served
+from lorakit.server.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def load(settings: Settings) -> Served:
         BankError: the folder holds no bank.
         BaseModelMismatchError: the bank was made for another base.
     """
-    tokenizer = _tokenizer(settings.base)
+    tokenizer = read_tokenizer(settings.base)
     options: dict[str, Any] = {"dtype": settings.dtype}
     if settings.attention is not None:
         options["attn_implementation"] = settings.attention
@@ -104,14 +103,3 @@ def load(settings: Settings) -> Served:
     name = settings.name or (folder.resolve().name if folder.is_dir() else settings.base)  # not where it lies
     engine = Engine(model, settings.engine, decode=partial(tokenizer.decode, skip_special_tokens=True))
     return Served(engine.start(), tokenizer, name, request_timeout=settings.request_timeout)
-
-
-def _tokenizer(base: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
-    except Exception as error:  # a broken or missing tokenizer makes transformers raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BaseModelNotFoundError(
-            f"the base model {base!r} has no tokenizer that can be read ({reason}); save one beside it."
-        ) from error
-    return tokenizer

@@ -5,13 +5,9 @@ A character may lie in several tokens and a stop string in several pieces, so wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-Decode = Callable[[Sequence[int]], str]
-"""Token ids → their text."""
-
-UNFINISHED = "�"
-"""What decoders write for bytes that are no whole character, or not yet."""
+from lorakit.engine.stopping import UNFINISHED, Decode
 
 _BEFORE = 6  # tokens, or more, that are decoded again with the new ones: some decoders join words by what stands before
 _PATIENCE = 16  # tokens after which what is no whole character is taken for what it is: models write such, too

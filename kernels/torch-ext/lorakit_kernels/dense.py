@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .arguments import FIRSTS, launch, padded, takes_as_is
 from .prefill import product
+from .siblings import column_of, select
 from .tuning import Dense
 
 _FEWEST = 16  # Tokens of a tile.
@@ -41,32 +42,10 @@ def products_kernel(
     tile = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    block = tile
-    y = y0
-    w = w0
-    bias = b0
-    out = out0
-    if SIBLINGS > 1:
-        if tile >= first1:
-            block = tile - first1
-            y = y1
-            w = w1
-            bias = b1
-            out = out1
-    if SIBLINGS > 2:
-        if tile >= first2:
-            block = tile - first2
-            y = y2
-            w = w2
-            bias = b2
-            out = out2
-    if SIBLINGS > 3:
-        if tile >= first3:
-            block = tile - first3
-            y = y3
-            w = w3
-            bias = b3
-            out = out3
+    # A sibling's weights take the place of its column, which is for tables.
+    sibling, block, y, w, out = select(
+        tile, y0, y1, y2, y3, w0, w1, w2, w3, out0, out1, out2, out3, first1, first2, first3, SIBLINGS
+    )
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
@@ -84,6 +63,7 @@ def products_kernel(
         at_w += BLOCK_K
         at_x += BLOCK_K
     if BIAS:
+        bias = column_of(sibling, b0, b1, b2, b3, SIBLINGS)
         sums += tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)[:, None]
     place = y + (m[:, None] * out + n[None, :])
     tl.store(place, tl.trans(sums).to(y.dtype.element_ty), mask=there & (n < out)[None, :])
