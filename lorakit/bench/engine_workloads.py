@@ -4,7 +4,7 @@ Llama-2-7B's shape, random bfloat16 weights, rank 16 on all linear layers, Punic
 from the beginning and are served in their order, as in Punica's own benchmark. Its script mixes no adapters, whatever
 the popularity; here the mean number of adapters a forward is counted.
 
-A cell is a popularity at a batch size. Cells that were measured before stay in the file, each with the machine, the
+A cell is a popularity at a batch size on a kind of GPU. Cells that were measured before stay in the file, each with the machine, the
 commit and the number of requests that it was measured with: a thousand requests of a thousand tokens take minutes.
 
 Two numbers, a step of 32 rows: see `engine_step`; 32 tokens in 6.8 ms are 4,700 tokens a second.
@@ -93,6 +93,7 @@ def measure(llama: Llama, workload: Workload, device: torch.device) -> Iterator[
     allow_compiling()
     base = llama.build(device)
     kind = "liger" if workload.liger and with_liger(base, "engine-workloads") else "plain"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     adapters = workload.adapters or workload.requests
     contents = min(workload.contents, adapters)
     bank = RandomBank(base, adapters, rank=llama.rank, dtype=llama.dtype, contents=contents)
@@ -105,7 +106,7 @@ def measure(llama: Llama, workload: Workload, device: torch.device) -> Iterator[
             if not count:  # once beforehand, for what is compiled and captured on the way
                 serve_trace(engine, cut(asked, 32)[: 2 * workload.batch], bank.names, llama.vocabulary)
             found = serve_trace(engine, asked, bank.names, llama.vocabulary)
-            yield f"{popularity}, batch {workload.batch}, {kind}", found
+            yield f"{popularity}, batch {workload.batch}, {kind}, {where}", found
 
 
 def _asked(workload: Workload, popularity: Popularity) -> list[Asked]:

@@ -127,7 +127,9 @@ class Admission:
         """Tells which jobs run now."""
         for waiting in (self._chosen, self._resumed):
             for key in [key for key in waiting if key in running]:
-                del waiting[key]
+                job = waiting.pop(key)
+                if job.joined is None:
+                    job.joined = time.monotonic()
 
     def fresh(self) -> list[Slot]:
         """Slots that were bound since the last call: the stream that computes has to wait for them once."""

@@ -19,10 +19,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -38,6 +37,7 @@ from lorakit.engine.job import Job
 from lorakit.engine.orders import Follower, Leader
 from lorakit.engine.request import Request, check_added, stop_strings, stop_tokens, token_ids
 from lorakit.engine.residency import Residency
+from lorakit.engine.stats import EngineState, EngineStats, Ledger, Loads, Tier
 from lorakit.engine.stopping import Decode
 from lorakit.engine.tenants import Tenants
 from lorakit.engine.turned import turned
@@ -52,39 +52,11 @@ from lorakit.errors import (
 )
 from lorakit.runtime.model import MultiLoraModel
 
-EngineState = Literal["new", "ready", "restarting", "dead", "closed"]
-
 _T = TypeVar("_T")
 
 _CPU_CACHE = 1 << 30
 _NEW_TOKENS = 256
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine is doing.
-
-    Attributes:
-        state: whether it serves.
-        open: requests that have not ended.
-        waiting: sequences of them that have not begun.
-        resident: adapters on the device.
-        adapter_bytes: bytes that they take.
-        cache_free: the share of the key-value cache that is free or can be at once.
-        steps: forwards since the loop began, or began anew.
-        segments: adapters that act in each of them, the base being one, summed: segments / steps is how mixed batches
-            are.
-    """
-
-    state: EngineState
-    open: int
-    waiting: int
-    resident: int
-    adapter_bytes: int
-    cache_free: float
-    steps: int
-    segments: int
 
 
 class Engine:
@@ -97,7 +69,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: MultiLoraModel, config: EngineConfig | None = None, *, decode: Decode | None = None
+        self,
+        model: MultiLoraModel,
+        config: EngineConfig | None = None,
+        *,
+        decode: Decode | None = None,
+        on_end: Callable[[RequestHandle], None] | None = None,
     ) -> None:
         """Takes nothing yet; `start`, or a `with` block, does.
 
@@ -105,13 +82,15 @@ class Engine:
             model: the model to serve, in evaluation mode.
             config: the settings.
             decode: token ids → their text (a tokenizer's `decode`); needed for stop strings alone.
+            on_end: called once with every request that has ended, however it did; while it runs the engine waits.
         """
         self.model = model
         self.config = config or EngineConfig()
         self._decode = decode
         self._lock = threading.RLock()
         self._state: EngineState = "new"
-        self._open: dict[str, RequestHandle] = {}
+        self._on_end = on_end
+        self._requests = Ledger()
         self._ids = itertools.count()
         self._restarts = 0
         self._cause: BaseException | None = None
@@ -216,7 +195,7 @@ class Engine:
             Whether none is.
         """
         end = None if timeout is None else time.monotonic() + timeout
-        while handles := list(self._open.values()):
+        while handles := self._requests.handles:
             left = None if end is None else end - time.monotonic()
             if not handles[0].wait(left):
                 return False
@@ -336,19 +315,31 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What it is doing now."""
-        batching = self._batching
+        batching, residency = self._batching, self._residency
         with self.model.lock:
-            resident, nbytes = len(self.model.pool.keys), self.model.pool.nbytes
+            pool, host = self.model.pool, self.model.pool.host
+            device = Tier(len(pool.keys), pool.nbytes, pool.capacity)
+            memory = Tier(len(host.keys), host.nbytes, host.limit)
+            loads = Loads(
+                reads=host.reads,
+                read_seconds=host.read_seconds,
+                copies=pool.loads,
+                copied_bytes=pool.loaded_bytes,
+                copy_seconds=0.0 if residency is None else residency.copy_seconds,
+                evictions=pool.evictions,
+            )
         return EngineStats(
             state=self._state,
-            open=len(self._open),
-            # What waited for a loop that failed or was closed waits no longer, but was not counted down.
-            waiting=self._tenants.waiting if self._state == "ready" else 0,
-            resident=resident,
-            adapter_bytes=nbytes,
+            open=len(self._requests),
+            running=self._requests.running(),
+            waiting=self._requests.waiting(),
+            device=device,
+            host=memory,
+            loads=loads,
             cache_free=1.0 if batching is None or self._state != "ready" else batching.free_share,
             steps=0 if batching is None else batching.steps,
             segments=0 if batching is None else batching.segments,
+            tenants=self._requests.tenants(),
         )
 
     def _request(
@@ -412,11 +403,11 @@ class Engine:
                     retry_after=seconds,
                 )
             handle = RequestHandle(f"request-{next(self._ids)}", request, self._cancel, self._ended)
-            self._open[handle.id] = handle
+            shared = self.model.processes > 1
+            handle.jobs += [Job(handle, sequence, self._decode, shared=shared) for sequence in range(request.n)]
+            self._requests.open(handle)
             self._tenants.count(request.tenant, waiting=request.n)
-            for sequence in range(request.n):
-                job = Job(handle, sequence, self._decode, shared=self.model.processes > 1)
-                handle.jobs.append(job)
+            for job in handle.jobs:
                 batching.submit(job)
         return handle
 
@@ -459,8 +450,13 @@ class Engine:
                 batching.withdraw(job)
 
     def _ended(self, handle: RequestHandle) -> None:
-        self._open.pop(handle.id, None)
+        self._requests.close(handle)
         self._done.count(handle.request.n)
+        if self._on_end is not None:
+            try:
+                self._on_end(handle)
+            except Exception:  # noqa: BLE001 - the caller's, and no reason for the loop to fail
+                _log.exception("on_end failed for %s", handle.id)
 
     def _running(self) -> Batching:
         if self._state == "dead":
@@ -583,7 +579,7 @@ class Engine:
                     self._state, self._cause = "dead", error
 
     def _fail_open(self, error: BaseException) -> None:
-        for handle in list(self._open.values()):
+        for handle in self._requests.handles:
             for job in handle.jobs:
                 job.over = True
             handle.fail(error)

@@ -49,6 +49,7 @@ class Completion:
         times: seconds from its submission until each token came.
         seconds: from its submission to its end.
         cached_tokens: of the prompt, those that the prefix cache had.
+        queued: seconds from its submission until it joined the batch; None if it never did.
     """
 
     token_ids: tuple[int, ...]
@@ -58,6 +59,7 @@ class Completion:
     times: tuple[float, ...]
     seconds: float
     cached_tokens: int = 0
+    queued: float | None = None
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -124,6 +126,31 @@ class RequestHandle:
     def done(self) -> bool:
         """Whether all its sequences have ended."""
         return len(self._ended) == self.request.n
+
+    @property
+    def generated(self) -> int:
+        """The tokens that it has so far, of all sequences."""
+        return len(self._tokens)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of its prompt that the prefix cache had, as far as is known."""
+        return self.jobs[0].cached if self.jobs else 0
+
+    @property
+    def running(self) -> int:
+        """Its sequences that are in the batch."""
+        return sum(not job.over and job.joined is not None for job in self.jobs)
+
+    @property
+    def waiting(self) -> int:
+        """Its sequences that have not begun."""
+        return sum(not job.over and job.joined is None for job in self.jobs)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it failed by."""
+        return next((ended.error for ended in self._ended.values() if ended.error is not None), None)
 
     def tokens(self, sequence: int = 0) -> list[Token]:
         """What a sequence has so far."""
@@ -234,8 +261,24 @@ class RequestHandle:
                 if not listener.told:
                     listener.tell()
 
-    def finish(self, sequence: int, reason: FinishReason, stop: int | str | None = None, cached: int = 0) -> None:
-        """A sequence has ended as it should."""
+    def finish(
+        self,
+        sequence: int,
+        reason: FinishReason,
+        stop: int | str | None = None,
+        *,
+        cached: int = 0,
+        joined: float | None = None,
+    ) -> None:
+        """A sequence has ended as it should.
+
+        Args:
+            sequence: which.
+            reason: why.
+            stop: the stop token or string.
+            cached: tokens of its prompt that the prefix cache had.
+            joined: when it joined the batch, by `time.monotonic`.
+        """
         with self._lock:
             if sequence in self._ended:
                 return
@@ -249,6 +292,7 @@ class RequestHandle:
                 times=tuple(self._times[sequence]),
                 seconds=time.monotonic() - self.submitted,
                 cached_tokens=cached,
+                queued=None if joined is None else joined - self.submitted,
             )
             self._end({sequence: _Ended(completion, None)})
 

@@ -34,6 +34,7 @@ class Job:
         salt: four 32-bit numbers that stand for the adapter's content and `start`; None for the base.
         generated: its tokens.
         cached: tokens of its prompt that the prefix cache had.
+        joined: when it first was in the batch, by `time.monotonic`; None before.
         over: whether it has ended, for whatever reason.
         shared: whether other processes have the same job.
     """
@@ -60,6 +61,7 @@ class Job:
         self.salt: tuple[int, ...] | None = None
         self.generated: list[int] = []
         self.cached = 0
+        self.joined: float | None = None
         self.over = False
         strings = self.request.stop_strings
         assert decode is not None or not strings
@@ -160,4 +162,4 @@ class Job:
 
     def _finish(self, reason: FinishReason, stop: int | str | None) -> None:
         self.over = True
-        self.handle.finish(self.sequence, reason, stop, self.cached)
+        self.handle.finish(self.sequence, reason, stop, cached=self.cached, joined=self.joined)

@@ -7,6 +7,7 @@ and slots; no request.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -26,6 +27,7 @@ class Residency:
     Attributes:
         full: whether the last adapter that was asked for found no room beside those that are held.
         begun: key → name of adapters whose reading has begun since somebody looked; None where nobody wants to know.
+        copy_seconds: from the beginning of each copy to the device until a request found it done, summed.
     """
 
     def __init__(self, model: MultiLoraModel, *, readers: int, wake: Callable[[], None]) -> None:
@@ -42,6 +44,8 @@ class Residency:
         self._reading: dict[str, Future[HostExtent]] = {}
         self.full = False
         self.begun: dict[str, str] | None = None
+        self.copy_seconds = 0.0
+        self._copying: dict[str, float] = {}
 
     def slot(self, adapter: Adapter, *, patient: bool) -> Slot | None:
         """An adapter's slot, with one hold for the caller; None while it is on its way.
@@ -63,7 +67,8 @@ class Residency:
                 if host is None:
                     return None
                 try:
-                    slot = pool.put(adapter.key, host, name=adapter.name)
+                    slot = pool.put(adapter.key, host, name=adapter.name, pinned=adapter.pinned)
+                    self._note_copy(adapter.key)
                 except PoolFullError:
                     if not pool.held:
                         raise
@@ -71,7 +76,10 @@ class Residency:
                     # Kept for the next time, as host memory may have no room for it.
                     self._reading[adapter.key] = _done(host)
                     return None
-            if patient and not slot.ready():
+            ready = slot.ready()
+            if ready and adapter.key in self._copying:
+                self.copy_seconds += time.monotonic() - self._copying.pop(adapter.key)
+            if patient and not ready:
                 return None
             pool.acquire([slot])
             return slot
@@ -128,6 +136,11 @@ class Residency:
                 self.begun[adapter.key] = adapter.name
             reading.add_done_callback(lambda _: self._wake())
         return reading
+
+    def _note_copy(self, key: str) -> None:
+        """A copy to the device has begun; those that nobody asked for again are not waited for."""
+        self._copying = {key: began for key, began in self._copying.items() if key in self._model.pool}
+        self._copying[key] = time.monotonic()
 
     def _forget_unwanted(self) -> None:
         """Lets go of what was read and not asked for since, its request having been cancelled."""

@@ -7,6 +7,8 @@ stream.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -74,6 +76,8 @@ class HostCache:
     Attributes:
         limit: bytes that the buffers together may take; 0 keeps nothing.
         pinned: whether the buffers are in pinned memory.
+        reads: adapters that were brought here.
+        read_seconds: what that took, summed.
     """
 
     def __init__(self, *, limit: int, pinned: bool = False) -> None:
@@ -85,6 +89,8 @@ class HostCache:
         """
         self.limit = limit
         self.pinned = pinned
+        self.reads, self.read_seconds = 0, 0.0
+        self._counting = threading.Lock()
         self._entries: OrderedDict[str, HostExtent] = OrderedDict()
         self._nbytes = 0
 
@@ -136,9 +142,13 @@ class HostCache:
         Raises:
             BankCorruptedError, …: as `source.read_into` raises them.
         """
+        started = time.monotonic()
         dtype = dtype or source.dtype
         buffer = torch.empty(source.layout.nbytes(dtype), dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         _fill(buffer, source, dtype)
+        with self._counting:
+            self.reads += 1
+            self.read_seconds += time.monotonic() - started
         return HostExtent(source.layout, dtype, buffer)
 
     def keep(self, key: str, extent: HostExtent) -> None:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -106,6 +106,7 @@ class Adapter(NamedTuple):
         source: where it can be read.
         invocation: the tokens from which on it acts, or None if it always does.
         added: the tokens that it adds to the vocabulary.
+        pinned: whether it stays on the device once it is there.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Adapter(NamedTuple):
     source: Extent | ExtentReader
     invocation: tuple[int, ...] | None
     added: int
+    pinned: bool
 
 
 class _Local(NamedTuple):
@@ -124,6 +126,11 @@ class _Local(NamedTuple):
 
 
 _Known: TypeAlias = _Local | AdapterEntry
+
+_LOCAL = "local-"
+"""Begins the keys of adapters that were loaded into a model alone: contents of a bank's are known by their hashes."""
+
+Tier: TypeAlias = Literal["device", "host", "bank"]
 
 
 class MultiLoraModel(nn.Module):
@@ -179,6 +186,7 @@ class MultiLoraModel(nn.Module):
         self._adapted: dict[str, AdaptedModule | AdaptedParameter] = {}
         self._local: dict[str, _Local] = {}
         self._unloaded: set[str] = set()
+        self._pinned: set[str] = set()
         self._keys = itertools.count()
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
         self._last: _Formed | None = None
@@ -244,6 +252,22 @@ class MultiLoraModel(nn.Module):
         """Whether `adapter_ids` may hold a name; however many there are, it takes no time."""
         banked = self.bank is not None and name not in self._unloaded and name in self.bank.entries
         return banked or name in self._local
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Names of adapters that stay on the device."""
+        return frozenset(name for name in self._pinned if self.has_adapter(name))
+
+    def tiers(self) -> dict[str, Tier]:
+        """Where each adapter lies now: the nearest of the places that have it."""
+        with self._lock:
+            keys = {name: _key_of(self._known(name)) for name in self.adapters}
+            return {name: self._tier_of(key) for name, key in keys.items()}
+
+    def _tier_of(self, key: str) -> Tier:
+        if key in self._pool:
+            return "device"
+        return "host" if key in self._pool.host or key.startswith(_LOCAL) else "bank"
 
     @property
     def processes(self) -> int:
@@ -355,7 +379,42 @@ class MultiLoraModel(nn.Module):
             extent = Extent.of_form(form)
             if self._shards is not None:
                 extent = self._shards.extent(extent, name)
-            self._local[name] = _Local(f"local-{next(self._keys)}", extent, invocation)
+            self._local[name] = _Local(f"{_LOCAL}{next(self._keys)}", extent, invocation)
+
+    def pin_adapter(self, name: str) -> None:
+        """Brings an adapter to the device, where it stays: others never take its place until `unpin_adapter`.
+
+        One that comes under its name later stays as well, once it is there.
+
+        Raises:
+            AdapterNotFoundError: the model does not serve it.
+            PoolFullError: it has no room beside what is pinned or runs; it is not pinned then.
+            ModelInUseError: several processes share the base, and an engine serves it.
+        """
+        with self._lock:
+            self._known(name)
+            self._check_alone()
+            self._pinned.add(name)
+        try:
+            self._bring(name)
+        except BaseException:
+            self.unpin_adapter(name)
+            raise
+
+    def unpin_adapter(self, name: str) -> None:
+        """Lets an adapter make room for others again; nothing happens if it is not pinned.
+
+        Raises:
+            AdapterNotFoundError: the model does not serve it.
+            ModelInUseError: several processes share the base, and an engine serves it.
+        """
+        with self._lock:
+            key = _key_of(self._known(name))
+            self._check_alone()
+            self._pinned.discard(name)
+            # The same content may have several names.
+            if not any(_key_of(self._known(other)) == key for other in self._pinned if self.has_adapter(other)):
+                self._pool.unpin(key)
 
     def unload_adapter(self, name: str) -> None:
         """Takes an adapter out of the model and frees its memory; the bank on disk keeps it.
@@ -369,6 +428,7 @@ class MultiLoraModel(nn.Module):
                 raise self._unknown(name)
             self._check_alone()
             self._last = None
+            self._pinned.discard(name)
             self._pool.drop(_key_of(self._known(name)))
             if self._local.pop(name, None) is None:
                 self._unloaded.add(name)
@@ -413,7 +473,7 @@ class MultiLoraModel(nn.Module):
             known = self._known(name)
             source = self._source(known)
             added = max((module.added for module in source.layout.modules), default=0)
-            return Adapter(name, _key_of(known), source, _invocation_of(name, known), added)
+            return Adapter(name, _key_of(known), source, _invocation_of(name, known), added, name in self._pinned)
 
     def forget_removed(self) -> None:
         """Frees the memory of what was removed from the bank, or replaced there; unless it changed, costs nothing."""
@@ -830,12 +890,14 @@ class MultiLoraModel(nn.Module):
                 self.forget_removed()
                 pool, adapter = self._pool, self.adapter(name)
                 if pool.get(adapter.key) is not None:
+                    if adapter.pinned:
+                        pool.pin(adapter.key)
                     return
                 host = pool.host.get(adapter.key)
                 if host is None and read is not None and read[:2] == (adapter.key, pool):
                     host = read[2]
                 if host is not None:
-                    pool.put(adapter.key, host, name=name)
+                    pool.put(adapter.key, host, name=name, pinned=adapter.pinned)
                     return
             with plain_tensors():
                 read = adapter.key, pool, pool.host.read(adapter.source, pool.dtype)
@@ -848,7 +910,8 @@ class MultiLoraModel(nn.Module):
         if slot is None:
             self.forget_removed()
             kept = {_key_of(self._known(other)) for other in keep}
-            slot = self._pool.put(key, self._source(known), name=name, keep=kept)
+            pinned = name in self._pinned
+            slot = self._pool.put(key, self._source(known), name=name, keep=kept, pinned=pinned)
         return slot
 
     def _known(self, name: str) -> _Known:

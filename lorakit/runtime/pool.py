@@ -102,12 +102,14 @@ class Operation(NamedTuple):
         key: of the adapter.
         name: of the adapter, where it was put.
         serial: the slot's, where one was acquired or released.
+        pinned: whether it was put to stay.
     """
 
     kind: str
     key: str
     name: str = ""
     serial: int = 0
+    pinned: bool = False
 
 
 class _Plan(NamedTuple):
@@ -199,7 +201,13 @@ class AdapterPool:
         return self._slots.get(key)
 
     def put(
-        self, key: str, source: Extent | ExtentReader | HostExtent, *, name: str, keep: Collection[str] = ()
+        self,
+        key: str,
+        source: Extent | ExtentReader | HostExtent,
+        *,
+        name: str,
+        keep: Collection[str] = (),
+        pinned: bool = False,
     ) -> Slot:
         """Brings an adapter to the device by one copy, evicting idle adapters if there is a limit.
 
@@ -212,6 +220,7 @@ class AdapterPool:
                 `HostCache.read` gave has the pool's dtype.
             name: the adapter's name, for messages.
             keep: keys that must stay resident; their slots may move.
+            pinned: keep it from being evicted, as `pin` does.
 
         Returns:
             The slot, the most recently used.
@@ -241,12 +250,13 @@ class AdapterPool:
                 raise
         arrival = slot._access.arrival
         host.copied = None if arrival is None else arrival.query
+        slot.pinned = pinned
         self._slots[key] = slot
         self.loads += 1
         self.loaded_bytes += nbytes
         if self.journal is not None:
             assert not keep, "another pool would not know of them"
-            self.journal.append(Operation("put", key, name))
+            self.journal.append(Operation("put", key, name, pinned=pinned))
         return slot
 
     def prefetch(self, key: str, source: Extent | ExtentReader) -> None:
@@ -354,7 +364,7 @@ class AdapterPool:
             BankCorruptedError, …: as `read` and `put` raise them.
         """
         if operation.kind == "put":
-            self.put(operation.key, read(operation), name=operation.name)
+            self.put(operation.key, read(operation), name=operation.name, pinned=operation.pinned)
         elif operation.kind == "get":
             self.get(operation.key)
         elif operation.kind == "drop":

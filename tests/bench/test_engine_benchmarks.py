@@ -45,7 +45,7 @@ def test_steps(tmp_path):
 def test_workloads():
     workload = Workload(requests=6, batch=3, contents=2, tokens=2048, longest=8, liger=False)
     found = dict(engine_workloads.measure(TINY, workload._replace(popularities=("distinct", "identical")), CPU))
-    assert list(found) == ["distinct, batch 3, plain", "identical, batch 3, plain"]
+    assert list(found) == ["distinct, batch 3, plain, cpu", "identical, batch 3, plain, cpu"]
     distinct, identical = found.values()
     assert (distinct["adapters_asked_for"], identical["adapters_asked_for"]) == (6, 1)
     assert identical["mean_adapters_of_a_forward"] == 1 < distinct["mean_adapters_of_a_forward"] <= 3

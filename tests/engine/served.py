@@ -115,7 +115,7 @@ def at_rest(engine: Engine) -> None:
             break
         time.sleep(0.01)
     stats = engine.stats()
-    assert (stats.open, stats.waiting, engine.model.pool.held) == (0, 0, False)
+    assert (stats.open, stats.waiting, stats.running, engine.model.pool.held) == (0, {}, {}, False)
     assert stats.cache_free == 1.0
     assert not busy.waiting_requests and not busy.cache.owners
     assert not engine._batching._chooser._taken and not engine._batching._chooser._waiting

@@ -45,7 +45,7 @@ def test_what_was_removed_or_replaced_in_the_bank_leaves_the_memory(bank, folder
         replace(bank, "lora", folders["alora"])
         engine.submit(PROMPT, max_new_tokens=2).result(60)  # any step sees it
         assert model.pool.keys == [keys["rslora"]]
-        assert engine.stats().adapter_bytes == model.pool.get(keys["rslora"]).nbytes
+        assert engine.stats().device.nbytes == model.pool.get(keys["rslora"]).nbytes
         at_rest(engine)
 
 

@@ -299,11 +299,11 @@ def bank(tmp_path):
 def test_adapters_are_loaded_when_asked_for_and_only_those(bank):
     model = MultiLoraModel(double(), bank)
     with Engine(model, SMALL) as engine:
-        assert engine.stats().resident == 0
+        assert engine.stats().device.adapters == 0
         engine.submit(PROMPT, "lora", max_new_tokens=2).result(60)
         assert model.pool.keys == [bank["lora"].blake3]
         engine.submit(PROMPT, "dora", max_new_tokens=2).result(60)
-        assert engine.stats().resident == 2
+        assert engine.stats().device.adapters == 2
 
 
 def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_only(bank):
@@ -343,8 +343,64 @@ def test_more_adapters_than_fit_take_turns(bank):
     expected = [alone(model, one) for one in asked]
     with Engine(model, config(patience=0.05)) as engine:
         assert served(engine, asked) == expected
-        assert engine.stats().adapter_bytes <= room
+        assert engine.stats().device.nbytes <= room
         at_rest(engine)
+
+
+def test_a_pinned_adapter_stays_while_others_take_turns(bank):
+    room = 2 * max(bank[name].nbytes for name in bank.names) + 1024
+    model = MultiLoraModel(double(), bank, adapter_memory=room)
+    pinned, *others = bank.names
+    with Engine(model, config(patience=0.05)) as engine:
+        model.pin_adapter(pinned)
+        asked = requests(20, others, seed=7)
+        served(engine, asked)
+        stats = engine.stats()
+        assert model.tiers()[pinned] == "device" and stats.loads.evictions > 0
+        # What comes under its name later stays as well.
+        bank.remove(pinned)
+        bank.add(pinned, bank.path.parent / "peft" / pinned, base_model=model.model)
+        engine.submit(PROMPT, pinned, max_new_tokens=2).result(60)
+        served(engine, asked)
+        assert model.tiers()[pinned] == "device"
+        model.unpin_adapter(pinned)
+        served(engine, asked)
+        assert model.tiers()[pinned] != "device"
+        at_rest(engine)
+
+
+def test_stats_tell_who_runs_and_what_tenants_had(bank):
+    model = MultiLoraModel(double(), bank)
+    ended = []
+    with Engine(model, config(max_requests=2), on_end=ended.append) as engine:
+        long = [engine.submit(PROMPT, name, max_new_tokens=50, tenant="t") for name in ("lora", None)]
+        waits = engine.submit(PROMPT, "dora", max_new_tokens=3, temperature=1.0, n=2)
+        for handle in long:
+            next(iter(handle))
+        stats = engine.stats()
+        assert stats.running == {"lora": 1, None: 1} and stats.waiting == {"dora": 2}
+        assert stats.open == 3 and stats.loads.copies == 1 <= stats.loads.reads
+        assert stats.tenants["t"].running == 2 and stats.tenants["dora"].waiting == 2
+        tokens = stats.tenants["t"].generated_tokens
+        for handle in long:
+            handle.cancel()
+        assert waits.results(60)[1].queued > 0
+        assert long[0].completion().queued < waits.completion().queued
+        found = engine.stats().tenants
+        assert found["dora"] == (1, len(PROMPT), 0, 6, 0, 0)
+        assert found["t"].requests == 2 and tokens <= found["t"].generated_tokens == sum(h.generated for h in long)
+        assert {handle.id for handle in ended} == {handle.id for handle in (*long, waits)} and len(ended) == 3
+        at_rest(engine)
+
+
+def test_an_error_of_the_callers_own_stops_nothing(model):
+    def fail(handle):
+        raise ValueError("mine")
+
+    with Engine(model, SMALL, on_end=fail) as engine:
+        for _ in range(2):
+            assert len(engine.submit(PROMPT, max_new_tokens=3).result(60).token_ids) == 3
+        assert engine.state == "ready"
 
 
 def test_an_adapter_that_never_fits_is_refused_and_others_go_on(bank):
@@ -396,7 +452,7 @@ def test_an_adapter_loaded_and_unloaded_while_the_engine_runs(model):
             engine.submit(PROMPT, "new")
         assert len(running.result(60).token_ids) == 30
         at_rest(engine)
-        assert engine.stats().resident == 0 and engine.stats().adapter_bytes == 0
+        assert engine.stats().device.adapters == 0 and engine.stats().device.nbytes == 0
     model.load_adapter("again", tenants["dora"])
     assert running.result().token_ids == alone(model, Asked(PROMPT, "again", 30))
 

@@ -445,7 +445,7 @@ def test_an_engine_that_crashes_and_is_closed_beneath_its_callers(seed, switchin
         for caller in calling:
             caller.result(40)
     assert ends["EngineCrashedError"] and ends["EngineStoppedError"] and ends["length"], ends
-    assert not model.pool.held and not engine._open and engine.stats().waiting == 0 and not model._lent
+    assert not model.pool.held and not engine.stats().open and not engine.stats().waiting and not model._lent
     admission = engine._chooser
     assert not admission._taken and not engine._tenants._running
     monkeypatch.setattr(model.model, "forward", forward)

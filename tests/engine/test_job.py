@@ -32,7 +32,7 @@ def job_of(**settings):
 
 
 def adapter_of(key="key", invocation=None):
-    return Adapter("a", key, None, invocation, 0)
+    return Adapter("a", key, None, invocation, 0, False)
 
 
 def spelled(tokens):

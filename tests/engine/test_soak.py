@@ -139,4 +139,4 @@ def test_soak(tmp_path, monkeypatch):
         stats = engine.stats()
         assert (stats.open, stats.waiting, stats.cache_free) == (0, 0, 1.0)
         assert not model.pool.held and not scheduler.waiting_requests and not scheduler.cache.owners
-        assert stats.adapter_bytes <= room
+        assert stats.device.nbytes <= room
