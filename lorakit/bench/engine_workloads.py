@@ -4,8 +4,9 @@ Llama-2-7B's shape, random bfloat16 weights, rank 16 on all linear layers, Punic
 from the beginning and are served in their order, as in Punica's own benchmark. Its script mixes no adapters, whatever
 the popularity; here the mean number of adapters a forward is counted.
 
-A cell is a popularity at a batch size on a kind of GPU. Cells that were measured before stay in the file, each with the machine, the
-commit and the number of requests that it was measured with: a thousand requests of a thousand tokens take minutes.
+A cell is a popularity at a batch size on a kind of GPU. Cells that were measured before stay in the file, each with the
+machine, the commit and the number of requests that it was measured with: a thousand requests of a thousand tokens take
+minutes.
 
 Two numbers, a step of 32 rows: see `engine_step`; 32 tokens in 6.8 ms are 4,700 tokens a second.
 """
