@@ -113,7 +113,10 @@ class State(RequestState):
 
 
 class _Salted(Sequence[int]):
-    """Tokens as the cache hashes them, a block at a time: those that an adapter acts on come with its salt."""
+    """Tokens as the cache hashes them, a block at a time: those that an adapter acts on come with its salt.
+
+    The others come with the salt of their request, if it has one.
+    """
 
     def __init__(self, tokens: list[int], job: Job, block: int) -> None:
         self._tokens = tokens
@@ -125,10 +128,10 @@ class _Salted(Sequence[int]):
 
     def __getitem__(self, item: Any) -> Any:
         found = self._tokens[item]
-        salt = self._job.salt
-        if salt is None or not isinstance(item, slice) or len(found) < self._block or item.stop <= self._job.start:
+        if not isinstance(item, slice) or len(found) < self._block:
             return found
-        return [*salt, *found]
+        salt = self._job.base_salt if item.stop <= self._job.start else self._job.salt
+        return found if salt is None else [*salt, *found]
 
 
 class Cache(PagedAttentionCache):

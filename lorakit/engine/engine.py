@@ -31,6 +31,7 @@ from transformers.generation import ContinuousBatchingConfig
 from lorakit.adapters import names
 from lorakit.engine.admission import Admission
 from lorakit.engine.batching import Batching, Chooser, blocks_in
+from lorakit.engine.checks import shown
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.handle import Completion, RequestHandle
 from lorakit.engine.job import Job
@@ -39,7 +40,7 @@ from lorakit.engine.request import Request, check_added, stop_strings, stop_toke
 from lorakit.engine.residency import Residency
 from lorakit.engine.stats import EngineState, EngineStats, Ledger, Loads, Tier
 from lorakit.engine.stopping import Decode
-from lorakit.engine.tenants import Tenants
+from lorakit.engine.tenants import TenantPolicy, Tenants
 from lorakit.engine.turned import turned
 from lorakit.errors import (
     AdapterIdsError,
@@ -96,7 +97,8 @@ class Engine:
         self._cause: BaseException | None = None
         self._resources = ExitStack()
         self._batching: Batching | None = None
-        self._tenants = Tenants(self.config.tenants, self.config.default_tenant)
+        self._policies = dict(self.config.tenants)
+        self._tenants = Tenants(self._policies, self.config.default_tenant)
         self._residency: Residency | None = None
         self._chooser: Chooser | None = None
         self._restarting: threading.Thread | None = None
@@ -218,6 +220,7 @@ class Engine:
         n: int = 1,
         deadline: float | None = None,
         tenant: str | None = None,
+        cache_salt: str = "",
     ) -> RequestHandle:
         """Queues a request, and returns at once.
 
@@ -236,6 +239,8 @@ class Engine:
             n: sequences to draw.
             deadline: seconds from now after which it fails.
             tenant: whose turn it takes; None: the adapter's name, "" for the base.
+            cache_salt: with one, only requests of the same salt share the cache's blocks with it, so that nobody else
+                can tell by the time that an answer takes whether a prompt was asked before.
 
         Returns:
             What its tokens are read from.
@@ -262,6 +267,7 @@ class Engine:
             n=n,
             deadline=deadline,
             tenant=tenant,
+            cache_salt=cache_salt,
         )
         return self._queue(request)
 
@@ -312,6 +318,16 @@ class Engine:
         finally:
             for handle in handles:
                 handle.cancel()
+
+    def set_tenant(self, name: str, policy: TenantPolicy) -> None:
+        """Gives a tenant another policy; what waits already keeps its place.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if not isinstance(name, str) or not isinstance(policy, TenantPolicy):
+            raise ConfigError(f"{shown(policy)} for tenant {shown(name)}; give a TenantPolicy for a name.")
+        self._policies[name] = policy
 
     def stats(self) -> EngineStats:
         """What it is doing now."""
@@ -474,7 +490,7 @@ class Engine:
         """Makes the loop and all that it works with anew, and starts it."""
         base = self.model.model
         assert isinstance(base, PreTrainedModel)
-        self._tenants = Tenants(self.config.tenants, self.config.default_tenant)
+        self._tenants = Tenants(self._policies, self.config.default_tenant)
         self._residency = Residency(self.model, readers=self.config.readers, wake=self._wake)
         self._chooser = self._new_chooser(self._residency)
         batching = Batching(self.model, self._chooser, self._settings(base), self._crashed)

@@ -31,7 +31,8 @@ class Job:
         held: the slot that is held for it, which may not act at all.
         bound: whether `bind` has been called.
         start: the token from which on its adapter acts.
-        salt: four 32-bit numbers that stand for the adapter's content and `start`; None for the base.
+        base_salt: four 32-bit numbers that stand for the request's salt of the prefix cache; None for none.
+        salt: the same of the adapter's content and `start` too; `base_salt` for the base.
         generated: its tokens.
         cached: tokens of its prompt that the prefix cache had.
         joined: when it first was in the batch, by `time.monotonic`; None before.
@@ -58,7 +59,9 @@ class Job:
         self.held: Slot | None = None
         self.bound = False
         self.start = 0
-        self.salt: tuple[int, ...] | None = None
+        salt = self.request.cache_salt
+        self.base_salt = _salt(f"/{salt}") if salt else None
+        self.salt = self.base_salt
         self.generated: list[int] = []
         self.cached = 0
         self.joined: float | None = None
@@ -103,8 +106,7 @@ class Job:
         self.slot = slot
         # With `start`: an invocation may end in the block after the one in which it begins, and which of several is the
         # last, the tokens of a block do not tell.
-        content = f"{adapter.key}/{self.start}"
-        self.salt = _SALT.unpack(hashlib.blake2b(content.encode(), digest_size=_SALT.size).digest())
+        self.salt = _salt(f"{adapter.key}/{self.start}/{self.request.cache_salt}")
 
     def bind_like(self, slot: Slot | None, start: int, salt: tuple[int, ...] | None) -> None:
         """Binds it as the same job is bound in another process, which may have its `slot`, `start` and `salt`."""
@@ -163,3 +165,8 @@ class Job:
     def _finish(self, reason: FinishReason, stop: int | str | None) -> None:
         self.over = True
         self.handle.finish(self.sequence, reason, stop, cached=self.cached, joined=self.joined)
+
+
+def _salt(content: str) -> tuple[int, ...]:
+    encoded = content.encode(errors="surrogatepass")  # a client's text may hold what UTF-8 cannot
+    return _SALT.unpack(hashlib.blake2b(encoded, digest_size=_SALT.size).digest())

@@ -37,6 +37,7 @@ class Request:
         n: how many sequences are drawn.
         deadline: seconds from its submission after which it fails, or None.
         tenant: whose turn it takes.
+        cache_salt: only requests of the same salt share blocks of the prefix cache with it.
     """
 
     prompt: tuple[int, ...]
@@ -52,6 +53,7 @@ class Request:
     n: int
     deadline: float | None
     tenant: str
+    cache_salt: str
 
     def __post_init__(self) -> None:
         plain: dict[str, object] = {
@@ -73,8 +75,9 @@ class Request:
             )
         for name, value in plain.items():
             object.__setattr__(self, name, value)
-        if not isinstance(self.tenant, str):
-            raise RequestError(f"tenant is {shown(self.tenant)}; give a string.")
+        for name in ("tenant", "cache_salt"):
+            if not isinstance(getattr(self, name), str):
+                raise RequestError(f"{name} is {shown(getattr(self, name))}; give a string.")
         if self.n > 1 and not self.temperature:
             raise RequestError(f"n={self.n} sequences of temperature 0 would all be the same; raise the temperature.")
 

@@ -42,10 +42,10 @@ class Tenants:
         """Counts nothing yet.
 
         Args:
-            policies: of tenants by name.
+            policies: of tenants by name; whoever owns it may change it.
             default: of all others.
         """
-        self._policies = dict(policies)
+        self._policies = policies
         self._default = default
         self._lock = threading.Lock()
         self._running: Counter[str] = Counter()

@@ -343,6 +343,7 @@ class MultiLoraModel(nn.Module):
         name: str,
         source: Source | None = None,
         *,
+        replace: bool = False,
         svd_energy: float | None = None,
         task_id: int | None = None,
     ) -> None:
@@ -352,11 +353,13 @@ class MultiLoraModel(nn.Module):
             name: the name for `adapter_ids`.
             source: a PEFT folder, a Hub id or a live `PeftModel`; it stays in host memory, and the bank on disk is not
                 changed (`AdapterBank.add` does that). None: the model's or the bank's adapter of that name.
+            replace: take the place of the adapter of that name, if there is one: calls and requests under way keep the
+                old one to their end, those that wait get the new one.
             svd_energy: approximate what has no exact low-rank form by SVD, as `lorakit.export` does.
             task_id: the task, of an adapter that has several.
 
         Raises:
-            AdapterExistsError: the name is taken.
+            AdapterExistsError: the name is taken, and `replace` does not say so.
             AdapterNotFoundError: no source, and none in the bank.
             ModelInUseError: several processes share the base, and an engine serves it.
             ConfigError: svd_energy or task_id cannot be, or stand without a source.
@@ -370,15 +373,19 @@ class MultiLoraModel(nn.Module):
             self._check_alone()
             self._bring(name)
             return
-        self._check_free(name)
+        if not replace:
+            self._check_free(name)
         self._check_alone()
         form = convert.convert(name, source, self._base, choices=chosen)
         with self._lock:
-            self._check_free(name)  # once more: another thread may have been faster
+            if not replace:
+                self._check_free(name)  # once more: another thread may have been faster
             invocation = invocation_of(form.method, form.config, name)
             extent = Extent.of_form(form)
             if self._shards is not None:
                 extent = self._shards.extent(extent, name)
+            if self.has_adapter(name):
+                self._forget(name)
             self._local[name] = _Local(f"{_LOCAL}{next(self._keys)}", extent, invocation)
 
     def pin_adapter(self, name: str) -> None:
@@ -427,11 +434,16 @@ class MultiLoraModel(nn.Module):
             if name not in self.adapters:
                 raise self._unknown(name)
             self._check_alone()
-            self._last = None
             self._pinned.discard(name)
-            self._pool.drop(_key_of(self._known(name)))
-            if self._local.pop(name, None) is None:
-                self._unloaded.add(name)
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """What is served under a name is no more, wherever it came from."""
+        self._last = None
+        self._pool.drop(_key_of(self._known(name)))
+        self._local.pop(name, None)
+        if self.bank is not None and name in self.bank.entries:
+            self._unloaded.add(name)
 
     @contextmanager
     def lent(self) -> Iterator[None]:

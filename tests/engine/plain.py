@@ -16,4 +16,5 @@ REQUEST = Request(
     n=1,
     deadline=None,
     tenant="a",
+    cache_salt="",
 )

@@ -30,6 +30,7 @@ from lorakit import Engine, MultiLoraModel
 from lorakit.engine.batching import Runner
 from lorakit.engine.tenants import TenantPolicy
 from lorakit.errors import (
+    AdapterExistsError,
     AdapterIdsError,
     AdapterNotFoundError,
     BankCorruptedError,
@@ -505,7 +506,53 @@ def test_an_adapter_replaced_under_its_name_never_reads_old_blocks(bank, tmp_pat
     assert found == [alone(model, Asked(PROMPT, "rslora", 8)), alone(model, Asked(PROMPT, "dora", 8))]
 
 
+def test_replacing_leaves_old_requests_their_adapter(bank):
+    """Those under way end with the old one, those behind have the new one."""
+    tenants = family()[1]
+    model = MultiLoraModel(double(), bank)
+    with Engine(model, SMALL) as engine:
+        running = engine.submit(PROMPT, "lora", max_new_tokens=30)
+        next(iter(running))
+        with pytest.raises(AdapterExistsError):
+            model.load_adapter("lora", tenants["dora"])
+        model.load_adapter("lora", tenants["dora"], replace=True)
+        behind = engine.submit(PROMPT, "lora", max_new_tokens=8).result(60)
+        assert not running.done or len(running.result().token_ids) == 30
+        old = running.result(60).token_ids
+        at_rest(engine)
+        model.unload_adapter("lora")
+        with pytest.raises(AdapterNotFoundError):  # nor does the bank's come back
+            engine.submit(PROMPT, "lora")
+    model.load_adapter("lora")
+    assert old == alone(model, Asked(PROMPT, "lora", 30))
+    assert behind.token_ids == alone(model, Asked(PROMPT, "dora", 8))
+
+
+def test_a_salt_keeps_blocks_to_itself(model):
+    prompt = (*PROMPT, *INVOCATION, 30, 31, 32, 33)
+
+    def found(name, salt):
+        return engine.submit(prompt, name, max_new_tokens=1, cache_salt=salt).result(60).cached_tokens
+
+    with Engine(model, SMALL) as engine:
+        for name in (None, "lora"):
+            assert [found(name, salt) for salt in ("", "", "a", "a", "b")] == [0, 16, 0, 16, 0]
+        assert [found("alora", salt) for salt in ("", "", "a", "a", "c", "c")] == [12, 16, 12, 16, 0, 16]
+        assert found(None, "c") == 12  # as far as the adapter had not begun
+
+
 # Tenants
+
+
+def test_a_tenants_policy_can_change(model):
+    with Engine(model, SMALL) as engine:
+        engine.set_tenant("small", TenantPolicy(max_waiting=1))
+        with pytest.raises(RequestError, match="max_waiting of tenant 'small'"):
+            engine.submit(PROMPT, max_new_tokens=1, temperature=1.0, n=2, tenant="small")
+        engine.set_tenant("small", TenantPolicy())
+        assert len(engine.submit(PROMPT, max_new_tokens=1, temperature=1.0, n=2, tenant="small").results(60)) == 2
+        with pytest.raises(ConfigError, match="TenantPolicy"):
+            engine.set_tenant("small", 3)
 
 
 def test_tenants_take_turns_whatever_they_submit(model):
