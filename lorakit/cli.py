@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from lorakit import tenants as tenants_command
 from lorakit.console import bar, human_bytes, make_console, table
 from lorakit.errors import BaseModelNotFoundError, ConfigError, LorakitError, UnsupportedMethodError
 
@@ -25,7 +26,10 @@ app = typer.Typer(
     add_completion=False,
 )
 
+app.add_typer(tenants_command.app, name="tenants")
+
 _MOST_ADAPTERS = 64  # that answer a prompt when none is named
+_SHORTEST_KEY = 16
 
 Bank = Annotated[Path, typer.Argument(help="The bank's folder.", show_default=False)]
 Base = Annotated[
@@ -257,9 +261,28 @@ def serve(
         float | None, typer.Option(min=0.001, help="Seconds after which a request fails.", show_default=False)
     ] = None,
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds that requests have to end on SIGTERM.")] = 30.0,
+    tenants: Annotated[
+        Path | None,
+        typer.Option(help="A file of tenants, see lorakit tenants: callers need keys.", show_default=False),
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAKIT_ADMIN_KEY",
+            help="Lets its bearer load and unload adapters. Other users of the machine can read a command line, so set "
+            "the variable.",
+            show_default=False,
+        ),
+    ] = None,
+    adapter_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder from below which adapters may be loaded; repeat it.", show_default=False),
+    ] = None,
+    adapter_hub: Annotated[bool, typer.Option("--adapter-hub", help="Adapters may be loaded from the Hub.")] = False,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
 ) -> None:
     """Serve a bank over HTTP, by OpenAI's routes."""
-    _need("the server needs", ["fastapi", "uvicorn"], extra="server")
+    _need_server()
     from lorakit.adapters.bank import AdapterBank
     from lorakit.adapters.dtypes import WEIGHT_NAMES
     from lorakit.engine.config import EngineConfig
@@ -268,6 +291,12 @@ def serve(
 
     if dtype not in ("auto", *WEIGHT_NAMES):
         raise ConfigError(f"--dtype {dtype!r} is unknown; use one of auto, {', '.join(WEIGHT_NAMES)}.")
+    if log_format not in ("text", "json"):
+        raise ConfigError(f"--log-format {log_format!r} is unknown; use text or json.")
+    if admin_key is not None and len(admin_key) < _SHORTEST_KEY:
+        raise ConfigError(f"the administrator's key is shorter than {_SHORTEST_KEY} characters; make a longer one.")
+    if admin_key is None and (adapter_root or adapter_hub):
+        raise ConfigError("--adapter-root and --adapter-hub are the administrator's; set LORAKIT_ADMIN_KEY.")
     AdapterBank.open(bank)  # refuses a folder that is none before anything is loaded
     run(
         Settings(
@@ -280,6 +309,11 @@ def serve(
             attention=attention,
             request_timeout=request_timeout,
             drain=drain,
+            tenants=tenants,
+            admin_key=admin_key,
+            adapter_roots=adapter_root or (),
+            adapter_hub=adapter_hub,
+            log_format="json" if log_format == "json" else "text",
             engine=EngineConfig(max_requests=max_requests),
         )
     )
@@ -438,6 +472,10 @@ def _method(entry: Any) -> str:
 def _error(error: float | None) -> str:
     """What an approximation lost, or that nothing was."""
     return "exact" if error is None else f"{error:.1e}"
+
+
+def _need_server() -> None:
+    _need("the server needs", ["fastapi", "limits", "prometheus_client", "pythonjsonlogger", "uvicorn"], extra="server")
 
 
 def _need(what: str, packages: list[str], *, extra: str) -> None:

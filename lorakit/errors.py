@@ -112,3 +112,7 @@ class EngineCrashedError(EngineError):
 
 class DeadlineExceededError(LorakitError, TimeoutError):
     """A request was not done by its deadline; the tokens that it has can still be read."""
+
+
+class AccountError(LorakitError, ValueError):
+    """A server's tenants: the file is none, a tenant or a key is not there, or a limit cannot be."""

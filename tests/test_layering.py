@@ -24,6 +24,7 @@ LAYERS = (
     ("chat", "console", "embedded"),
     ("recipes", "workloads"),
     ("bench", "demo", "quickstart"),
+    ("tenants",),
     ("cli",),
     ("__main__",),
 )

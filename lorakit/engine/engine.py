@@ -55,8 +55,10 @@ from lorakit.runtime.model import MultiLoraModel
 
 _T = TypeVar("_T")
 
+NEW_TOKENS = 256
+"""The most tokens that are generated if nothing else is said."""
+
 _CPU_CACHE = 1 << 30
-_NEW_TOKENS = 256
 _log = logging.getLogger(__name__)
 
 
@@ -388,7 +390,7 @@ class Engine:
             check_added(ids, base_vocabulary, adapter)
         what, room = self._room(batching)
         if max_new_tokens is None:
-            max_new_tokens = max(1, min(_NEW_TOKENS, room - len(ids)))
+            max_new_tokens = max(1, min(NEW_TOKENS, room - len(ids)))
         request = Request(
             prompt=ids,
             adapter=adapter_id,

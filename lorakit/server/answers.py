@@ -12,7 +12,7 @@ import math
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from lorakit.engine.handle import Completion, RequestHandle, Token
@@ -31,7 +31,15 @@ class Answer(ABC):
     chunk_kind: str
     prefix: str
 
-    def __init__(self, served: Served, model: str, handles: Sequence[RequestHandle], *, include_usage: bool) -> None:
+    def __init__(
+        self,
+        served: Served,
+        model: str,
+        handles: Sequence[RequestHandle],
+        *,
+        include_usage: bool,
+        done: Callable[[], None],
+    ) -> None:
         """Has nothing yet.
 
         Args:
@@ -39,11 +47,13 @@ class Answer(ABC):
             model: as the client called it.
             handles: the engine's requests, one a prompt.
             include_usage: whether a stream ends with its usage.
+            done: called when nobody waits for the requests any more; it cancels those that have not ended.
         """
         self._served = served
         self._handles = handles
         self._n = handles[0].request.n
         self._include_usage = include_usage
+        self._done = done
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         stops = handles[0].request.stop_strings
         self._texts = [TextStream(served.decode, stops) for _ in range(len(handles) * self._n)]
@@ -51,8 +61,7 @@ class Answer(ABC):
 
     def cancel(self) -> None:
         """Nobody wants it any more."""
-        for handle in self._handles:
-            handle.cancel()
+        self._done()
 
     async def whole(self) -> _Json:
         """All of it, when it is done.

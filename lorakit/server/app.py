@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's routes, the list of models, health."""
+"""The HTTP application: OpenAI's routes, the list of models, health, metrics; adapters' management if there is one."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lorakit.engine.engine import NEW_TOKENS
 from lorakit.engine.handle import RequestHandle
 from lorakit.errors import LorakitError
 from lorakit.server import faults
+from lorakit.server.access import Access, Caller
+from lorakit.server.adapters import Sources, make_routes
 from lorakit.server.answers import Answer, ChatAnswer, CompletionAnswer
-from lorakit.server.bodies import ChatBody, CompletionBody
+from lorakit.server.bodies import Asked, ChatBody, CompletionBody
 from lorakit.server.faults import Fault, log
+from lorakit.server.metrics import Metrics
 from lorakit.server.served import Served
+
+OnEnd: TypeAlias = Callable[[RequestHandle], None]
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -73,23 +80,30 @@ class App(FastAPI):
 
 
 def create_app(
-    load: Callable[[], Served], *, limits: Limits | None = None, on_failure: Callable[[], None] | None = None
+    load: Callable[[OnEnd], Served],
+    *,
+    limits: Limits | None = None,
+    access: Access | None = None,
+    sources: Sources | None = None,
+    on_failure: Callable[[], None] | None = None,
 ) -> App:
     """Makes an application that answers at once, and serves when `load` has returned.
 
     Args:
-        load: makes what is served, its engine running; called in a thread when the application starts. The engine is
-            closed when the application ends.
+        load: makes what is served, its engine running and telling of every request's end what it is given; called in a
+            thread when the application starts. The engine is closed when the application ends.
         limits: what a client may ask for at most.
+        access: who may ask, and for what; closed when the application ends. None: everyone, for everything.
+        sources: where the administrator may load adapters from.
         on_failure: called when `load` has raised an error, which is then `App.failed`.
     """
-    limits = limits or Limits()
+    limits, access = limits or Limits(), access or Access()
 
     @asynccontextmanager
     async def lifespan(app: App) -> AsyncIterator[None]:
         def work() -> None:
             try:
-                app.served = load()
+                app.served = load(ended)
             except BaseException as error:  # noqa: BLE001 - told by /health, and to whoever started it
                 app.failed = error
                 if on_failure is not None:
@@ -105,9 +119,22 @@ def create_app(
             app.ended = True  # a load under way is not waited for
             if app.served is not None:
                 await asyncio.to_thread(app.served.engine.close)
+            for counted in (metrics, access):
+                await asyncio.to_thread(counted.close)
 
+    def ended(handle: RequestHandle) -> None:
+        metrics.ended(handle)
+        access.ended(handle)
+
+    async def caller(request: Request) -> Caller:
+        found = access.caller(request.headers)
+        request.state.tenant = found.name
+        return found
+
+    calls = Depends(caller)
     app = App(title="lorakit", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.created = int(time.time())
+    metrics = Metrics(lambda: app.served)
     _add_faults(app)
     app.add_middleware(_Bounded, most=limits.body)
     app.add_middleware(_Logged)
@@ -118,43 +145,51 @@ def create_app(
         state = "dead" if app.failed else "starting" if app.served is None else app.served.engine.state
         return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
 
+    @app.get("/metrics")
+    async def read_metrics(request: Request) -> Response:
+        """What Prometheus reads; where there are tenants, whom it tells of, for the administrator alone."""
+        if access.accounts is not None:
+            access.check_admin(request.headers)
+        return Response(await asyncio.to_thread(metrics.text), media_type=CONTENT_TYPE_LATEST)
+
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(who: Caller = calls) -> dict[str, Any]:
         """The base and its adapters."""
         served = app.ready
-        return {"object": "list", "data": [_card(app, served, name) for name in (None, *served.names)]}
+        names = [name for name in served.names if who.may_use(name)]
+        return {"object": "list", "data": [_card(app, served, name) for name in (None, *names)]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str, who: Caller = calls) -> dict[str, Any]:
         """One of them."""
-        return _card(app, app.ready, app.ready.adapter_of(name))
+        return _card(app, app.ready, app.ready.adapter_of(name, who.may_use))
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatBody, request: Request) -> Response:
+    async def chat(body: ChatBody, request: Request, who: Caller = calls) -> Response:
         """Continues a conversation."""
         served = app.ready
         _check_n(body.n, limits)
-        adapter = served.adapter_of(body.model)
-        prompt = await served.chat_prompt(body)
-        handles = await _submitted(served, [prompt], adapter, body.settings())
-        return await _answered(
-            ChatAnswer(served, body.model, handles, include_usage=body.include_usage), body.stream, request
-        )
+        adapter = served.adapter_of(body.model, who.may_use)
+        prompts = [await served.chat_prompt(body)]
+        handles, done = await _submitted(served, access, who, prompts, adapter, body)
+        answer = ChatAnswer(served, body.model, handles, include_usage=body.include_usage, done=done)
+        return await _answered(answer, body.stream, request)
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionBody, request: Request) -> Response:
+    async def completions(body: CompletionBody, request: Request, who: Caller = calls) -> Response:
         """Continues texts."""
         served = app.ready
         _check_n(body.n, limits)
         if not 1 <= len(body.prompts) <= limits.prompts:
             raise Fault(400, f"prompt holds {len(body.prompts)}; give 1 to {limits.prompts}.", param="prompt")
-        adapter = served.adapter_of(body.model)
+        adapter = served.adapter_of(body.model, who.may_use)
         prompts = await served.text_prompts(body)
-        handles = await _submitted(served, prompts, adapter, body.settings())
-        return await _answered(
-            CompletionAnswer(served, body.model, handles, include_usage=body.include_usage), body.stream, request
-        )
+        handles, done = await _submitted(served, access, who, prompts, adapter, body)
+        answer = CompletionAnswer(served, body.model, handles, include_usage=body.include_usage, done=done)
+        return await _answered(answer, body.stream, request)
 
+    if access.has_admin:
+        app.include_router(make_routes(lambda: app.ready, access, sources or Sources()))
     return app
 
 
@@ -176,18 +211,39 @@ def _card(app: App, served: Served, name: str | None) -> dict[str, Any]:
 
 
 async def _submitted(
-    served: Served, prompts: Sequence[Sequence[int]], adapter: str | None, settings: dict[str, Any]
-) -> list[RequestHandle]:
-    """Queues all prompts, or none."""
+    served: Served,
+    access: Access,
+    who: Caller,
+    prompts: Sequence[Sequence[int]],
+    adapter: str | None,
+    body: Asked,
+) -> tuple[list[RequestHandle], Callable[[], None]]:
+    """Queues all prompts, or none; with them what is to be called when nobody waits for them any more."""
+    settings = body.settings()
+    new = settings["max_new_tokens"] or NEW_TOKENS
+    tokens = sum(len(prompt) + body.n * new for prompt in prompts)
     handles: list[RequestHandle] = []
+
+    def cancel() -> None:
+        for handle in handles:
+            handle.cancel()
+
+    until_done = ExitStack()
     try:
+        until_done.enter_context(access.taken(who, body.n * len(prompts), tokens))
+        until_done.callback(cancel)
+        if who.account is not None:
+            served.engine.set_tenant(who.account.name, who.account.policy)
+            # What others have asked must not show in how long an answer takes.
+            settings |= {"tenant": who.account.name, "cache_salt": f"{who.account.name}/{settings['cache_salt']}"}
+        elif access.accounts is not None:
+            settings["tenant"] = ""  # the administrator's are nobody's
         for prompt in prompts:
             handles.append(await served.submit(prompt, adapter, settings))
     except BaseException:
-        for handle in handles:
-            handle.cancel()
+        until_done.close()
         raise
-    return handles
+    return handles, until_done.close
 
 
 async def _answered(answer: Answer, stream: bool, request: Request) -> Response:
@@ -310,5 +366,12 @@ class _Logged:
             if not status:
                 await _told(faults.of(error))(scope, receive, noted)
         finally:
-            seconds = time.perf_counter() - started
-            log.info("%s %s %d in %.3f s (%s)", scope["method"], scope["path"], status, seconds, id)
+            facts = {
+                "request_id": id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "seconds": round(time.perf_counter() - started, 4),
+                "tenant": scope.get("state", {}).get("tenant"),
+            }
+            log.info("%(method)s %(path)s %(status)d in %(seconds).3f s (%(request_id)s)", facts, extra=facts)

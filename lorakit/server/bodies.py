@@ -1,7 +1,8 @@
 """What clients send: the bodies of OpenAI's routes, checked.
 
 What would change an answer and is not served is refused by name; what only describes a request (`user`, `metadata`, …)
-is taken and left alone. Extensions are those of vLLM: `top_k`, `stop_token_ids`, `ignore_eos`, `chat_template_kwargs`.
+is taken and left alone. Extensions are those of vLLM: `top_k`, `stop_token_ids`, `ignore_eos`,
+`cache_salt`, `chat_template_kwargs`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import (
 
 _LARGEST_SEED = (1 << 63) - 1
 _MOST_STOPS = 64
+_LONGEST_SALT = 256
 
 _T = TypeVar("_T")
 # Of lists the first mistake is enough: a body of a million would else have a million errors.
@@ -72,7 +74,7 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool = False
 
 
-class _Asked(BaseModel):
+class Asked(BaseModel):
     """What both routes take."""
 
     model_config = ConfigDict(extra="forbid")
@@ -88,6 +90,7 @@ class _Asked(BaseModel):
     stop: Stop | None = None
     stop_token_ids: Many[StrictInt] = []
     ignore_eos: StrictBool = False
+    cache_salt: StrictStr = Field("", max_length=_LONGEST_SALT)
     n: StrictInt = Field(1, ge=1)
 
     # Served by their neutral value alone.
@@ -110,7 +113,7 @@ class _Asked(BaseModel):
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> _Asked:
+    def _options_of_a_stream(self) -> Asked:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for a stream; set stream to true, or leave it out")
         return self
@@ -134,6 +137,7 @@ class _Asked(BaseModel):
             "ignore_eos": self.ignore_eos,
             "logprobs": self.wants_logprobs,
             "n": self.n,
+            "cache_salt": self.cache_salt,
         }
 
     @property
@@ -162,7 +166,7 @@ class Message(BaseModel):
     content: Content | None = None
 
 
-class ChatBody(_Asked):
+class ChatBody(Asked):
     """POST /v1/chat/completions."""
 
     messages: Many[Message] = Field(min_length=1)
@@ -187,7 +191,7 @@ class ChatBody(_Asked):
         return bool(self.logprobs)
 
 
-class CompletionBody(_Asked):
+class CompletionBody(Asked):
     """POST /v1/completions."""
 
     prompt: Prompt

@@ -86,7 +86,8 @@ def of(error: BaseException) -> Fault:
         return error
     message = str(error)
     if isinstance(error, AdapterNotFoundError):
-        return Fault(404, message, param="model", code="model_not_found")
+        # Its message names others that are there.
+        return Fault(404, "the model does not exist any more.", param="model", code="model_not_found")
     if isinstance(error, EngineBusyError):
         seconds = max(1, round(error.retry_after))
         return Fault(429, message, type="rate_limit_error", code="engine_busy", headers={"Retry-After": str(seconds)})

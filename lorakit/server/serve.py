@@ -6,8 +6,8 @@ no more connections, lets requests under way end, and goes.
 
 from __future__ import annotations
 
-import logging
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,12 @@ import uvicorn
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.engine import Engine
 from lorakit.runtime.model import MultiLoraModel
-from lorakit.server.app import create_app
+from lorakit.server.access import Access
+from lorakit.server.accounts import Accounts
+from lorakit.server.adapters import Sources
+from lorakit.server.app import OnEnd, create_app
 from lorakit.server.faults import log
+from lorakit.server.logs import LogFormat, begin_log
 from lorakit.server.served import Served
 from lorakit.server.tokenizer import read_tokenizer
 
@@ -39,6 +43,11 @@ class Settings:
         attention: transformers' implementation; None: its default.
         request_timeout: seconds after which a request fails; None: never.
         drain: seconds that requests under way have when the server ends.
+        tenants: the file of tenants; None: everyone may use everything.
+        admin_key: the administrator's key; None: adapters are not managed over HTTP.
+        adapter_roots: folders from below which the administrator may load adapters.
+        adapter_hub: whether from the Hub, too.
+        log_format: "text" or "json".
         engine: the engine's settings.
     """
 
@@ -51,6 +60,11 @@ class Settings:
     attention: str | None = None
     request_timeout: float | None = None
     drain: float = 30.0
+    tenants: Path | None = None
+    admin_key: str | None = None
+    adapter_roots: Sequence[Path] = ()
+    adapter_hub: bool = False
+    log_format: LogFormat = "text"
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -58,23 +72,28 @@ def serve(settings: Settings) -> None:
     """Serves until the process is told to end.
 
     Raises:
-        LorakitError: the model cannot be loaded, see `load`.
+        LorakitError: the model cannot be loaded, see `load`; or the file of tenants is none.
         OSError: the address is taken, or not this machine's.
     """
+    accounts = None if settings.tenants is None else Accounts(settings.tenants)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as listener:
         # Before minutes are spent on loading.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
-        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
-        log.setLevel(logging.INFO)
+        begin_log(settings.log_format)
         host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
         log.info("%s at http://%s:%d", settings.bank, host, listener.getsockname()[1])
 
         def end() -> None:
             server.should_exit = True
 
-        app = create_app(partial(load, settings), on_failure=end)
+        app = create_app(
+            partial(load, settings),
+            access=Access(accounts, admin_key=settings.admin_key),
+            sources=Sources(settings.adapter_roots, hub=settings.adapter_hub),
+            on_failure=end,
+        )
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(settings.drain))
         )
@@ -84,8 +103,12 @@ def serve(settings: Settings) -> None:
         raise app.failed
 
 
-def load(settings: Settings) -> Served:
+def load(settings: Settings, on_end: OnEnd) -> Served:
     """Loads the base, opens the bank and starts an engine.
+
+    Args:
+        settings: what is loaded.
+        on_end: as `Engine` takes it.
 
     Raises:
         BaseModelNotFoundError: there is no such base, or it has no tokenizer.
@@ -101,5 +124,6 @@ def load(settings: Settings) -> Served:
     model = MultiLoraModel.from_pretrained(settings.base, settings.bank, **options)
     folder = Path(settings.base)
     name = settings.name or (folder.resolve().name if folder.is_dir() else settings.base)  # not where it lies
-    engine = Engine(model, settings.engine, decode=partial(tokenizer.decode, skip_special_tokens=True))
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    engine = Engine(model, settings.engine, decode=decode, on_end=on_end)
     return Served(engine.start(), tokenizer, name, request_timeout=settings.request_timeout)

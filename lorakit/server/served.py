@@ -52,16 +52,21 @@ class Served:
         """The adapters, by name."""
         return self.engine.model.adapters
 
-    def adapter_of(self, model: str) -> str | None:
+    def adapter_of(self, model: str, may_use: Callable[[str], bool]) -> str | None:
         """Whom a request's `model` names: an adapter, `base:adapter`, or the base (None).
 
+        Args:
+            model: as the client calls it.
+            may_use: whether the client may use an adapter.
+
         Raises:
-            Fault: nobody.
+            Fault: nobody that the client may use; it takes as long if there is one that others may.
         """
         if model == self.base_id:
             return None
         for name in (model, model.removeprefix(f"{self.base_id}:")):
-            if self.engine.model.has_adapter(name):
+            there, allowed = self.engine.model.has_adapter(name), may_use(name)
+            if there and allowed:
                 return name
         raise no_such_model(model)
 

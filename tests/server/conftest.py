@@ -1,22 +1,12 @@
 """A server in this process on a port of loopback: a tiny base with the small model's tokenizer, and three adapters."""
 
-import copy
-import threading
-import time
-
 import pytest
 import torch
-import uvicorn
-from loopback import BASE, TENANTS
+from loopback import TENANTS, serving, tenant
 from openai import OpenAI
-from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lorakit import Engine, MultiLoraModel
 from lorakit.embedded import model_path
-from lorakit.engine.config import EngineConfig
-from lorakit.server.app import create_app
-from lorakit.server.served import Served
 
 
 @pytest.fixture(scope="session")
@@ -46,34 +36,15 @@ def base(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def model(base):
-    found = MultiLoraModel(copy.deepcopy(base))
-    for seed, name in enumerate(TENANTS):
-        torch.manual_seed(seed + 1)
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-        found.load_adapter(name, get_peft_model(copy.deepcopy(base), config))
-    return found
+def tenants(base):
+    """PEFT's models, by adapter."""
+    return {name: tenant(base, seed) for seed, name in enumerate(TENANTS)}
 
 
 @pytest.fixture(scope="session")
-def served(model, tokenizer):
-    def load():
-        config = EngineConfig(max_requests=8, max_batch_tokens=256, cache_memory=1 << 24, stop_timeout=10)
-        return Served(Engine(model, config, decode=tokenizer.decode).start(), tokenizer, BASE)
-
-    app = create_app(load)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    end = time.monotonic() + 60
-    while not (server.started and app.served):
-        assert thread.is_alive() and app.failed is None and time.monotonic() < end
-        time.sleep(0.02)
-    app.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    yield app
-    server.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive() and app.served.engine.state == "closed"
+def served(base, tenants, tokenizer):
+    with serving(base, tenants, tokenizer) as app:
+        yield app
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from loopback import BASE
+from loopback import BASE, until
 
 from lorakit.server.app import Limits, create_app
 
@@ -29,13 +28,6 @@ def sent(http, path, content):
     return http.post(path, content=content, headers={"content-type": "application/json"})
 
 
-def until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_health_tells_ready(http):
     answer = http.get("/health")
     assert answer.status_code == 200 and answer.json() == {"status": "ready"}
@@ -44,7 +36,7 @@ def test_health_tells_ready(http):
 def test_health_tells_starting_and_dead(served):
     may_load, fails = threading.Event(), RuntimeError("no such base")
 
-    def load():
+    def load(_):
         may_load.wait(30)
         raise fails
 
@@ -92,7 +84,7 @@ def test_mistakes_below_the_client(http, call, status, says):
 
 
 def test_large_bodies_are_refused(served):
-    app = create_app(lambda: served.served, limits=Limits(body=1000))
+    app = create_app(lambda _: served.served, limits=Limits(body=1000))
     app.served = served.served
     client = TestClient(app)  # its life does not begin: the engine is another's
     large = json.dumps({**CHAT, "messages": [{"role": "user", "content": "a" * 2000}]}).encode()
@@ -128,21 +120,14 @@ def test_the_base_is_listed_under_its_name(http):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, base, tokenizer, model):
+def folders(tmp_path_factory, base, tokenizer, tenants):
     """The base and a bank on the disk."""
-    import copy
-
-    import torch
-    from peft import LoraConfig, get_peft_model
-
     import lorakit
 
     folder = tmp_path_factory.mktemp("served")
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "sql")
+    tenants["sql"].save_pretrained(folder / "sql")
     lorakit.export({"sql": folder / "sql"}, folder / "bank", base_model=str(folder / "base"))
     return folder
 
