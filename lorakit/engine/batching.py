@@ -283,6 +283,7 @@ class Rows:
 
     Attributes:
         is_sampled: whether some row of the batch that was prepared last is not greedy.
+        is_cut: whether some row of it is drawn from a part of the vocabulary.
         has_logprobs: whether some row of it wants logarithmic probabilities.
     """
 
@@ -290,7 +291,7 @@ class Rows:
     do_processing = False
 
     def __init__(self) -> None:
-        self.is_sampled = self.has_logprobs = False
+        self.is_sampled = self.is_cut = self.has_logprobs = False
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """There are none."""
@@ -306,6 +307,7 @@ class Rows:
         # transformers' own requests, to warm up, have no job.
         requests = [state.job.request for state in rows if isinstance(state, State)]
         self.is_sampled = any(request.temperature for request in requests)
+        self.is_cut = any(request.temperature and (request.top_k or request.top_p < 1) for request in requests)
         self.has_logprobs = any(request.logprobs for request in requests)
         if self.is_sampled:
             # The position was advanced already: the new token's place after the prompt.
@@ -342,7 +344,7 @@ class Runner(ModelRunner):
             for config in (self.cb_config.varlen_compile_config, self.cb_config.decode_compile_config)
         ]
         self._compiled_varlen = self._compiled_decode = None
-        self._graphs: dict[tuple[Mode | None, int, bool, bool], CudaGraphBuffer] = {}
+        self._graphs: dict[tuple[Mode | None, int, bool, bool, bool], CudaGraphBuffer] = {}
         self._version: tuple[int, int, int] | None = None
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
@@ -414,7 +416,7 @@ class Runner(ModelRunner):
             self._graphs = {key: graphs for key, graphs in self._graphs.items() if key[0] is None}
             self._version = version
         rows = self.logit_processor
-        key = None if standing is None else standing.mode, pair, rows.is_sampled, rows.has_logprobs
+        key = None if standing is None else standing.mode, pair, rows.is_sampled, rows.is_cut, rows.has_logprobs
         io.graphs = self._graphs.setdefault(key, CudaGraphBuffer())
 
     def _stream(self) -> AbstractContextManager[Any]:
@@ -454,7 +456,8 @@ class Runner(ModelRunner):
             logits = logits[:, batch_data["logits_indices"], :]
         logits = logits[0].float()
         rows = self.logit_processor
-        tokens = sampling.sample(logits, batch_data["logits_processor_args"]) if rows.is_sampled else logits.argmax(-1)
+        settings = batch_data["logits_processor_args"]
+        tokens = sampling.sample(logits, settings, cuts=rows.is_cut) if rows.is_sampled else sampling.greedy(logits)
         output_ids[0, : len(tokens)].copy_(tokens)
         if rows.has_logprobs:
             # Bits of fp32, as transformers keeps them.

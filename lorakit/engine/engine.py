@@ -330,6 +330,7 @@ class Engine:
         if not isinstance(name, str) or not isinstance(policy, TenantPolicy):
             raise ConfigError(f"{shown(policy)} for tenant {shown(name)}; give a TenantPolicy for a name.")
         self._policies[name] = policy
+        self._tenants.change(name, policy)
 
     def stats(self) -> EngineStats:
         """What it is doing now."""

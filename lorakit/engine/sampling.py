@@ -1,8 +1,9 @@
 """The next token of every row, each by its own temperature, top-k, top-p and draw.
 
 A row's draw is one number, uniform in [0, 1): the token is where the cumulative probability passes it (inverse
-transform sampling). So a draw depends on its request's seed and its place in the sequence alone, and not on what else
-is in the batch; and all of it has static shapes, so that a CUDA graph can keep it.
+transform sampling), in the order of the vocabulary, or of probability where top-k or top-p cut the row. So a draw
+depends on its request's seed and its place in the sequence alone, and not on what else is in the batch; and all of it
+has static shapes, so that a CUDA graph can keep it.
 
 The tokens that may be drawn are those of transformers' TemperatureLogitsWarper, TopKLogitsWarper and TopPLogitsWarper
 in this order. Where tokens are equally likely and top-p needs but some of them, those with the smaller ids stay.
@@ -17,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-ROWS = 4
-"""Rows of settings, int32 each: temperature, top-p and draw are the bits of float32."""
+ROWS = 5
+"""Rows of settings, int32 each: temperature, top-p, and the two parts of the draw are the bits of float32."""
 
 
 class Settings(NamedTuple):
@@ -28,7 +29,7 @@ class Settings(NamedTuple):
         temperature: divides the logits; 0 is greedy.
         top_k: among the k most likely tokens, and those as likely as the last of them; 0: all. Below 2^31.
         top_p: among the fewest most likely tokens whose probabilities sum to so much; 1: all.
-        draw: uniform in [0, 1), counted from the least likely token: there float32 is as fine as probabilities are.
+        draw: uniform in [0, 1).
     """
 
     temperature: float
@@ -48,11 +49,13 @@ def draw(seed: str, place: int) -> float:
 
 def rows_of(settings: list[Settings]) -> torch.Tensor:
     """The settings of rows as (`ROWS`, n) int32."""
-    columns = list(zip(*settings, strict=True)) or [()] * ROWS
-    dtypes = (torch.float32, torch.int32, torch.float32, torch.float32)
-    tensors = [torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True)]
+    columns = list(zip(*settings, strict=True)) or [()] * len(Settings._fields)
+    dtypes = (torch.float32, torch.int32, torch.float32, torch.float64)
+    *tensors, draws = (torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
     # -inf by inf would be NaN.
     tensors[0].clamp_(max=torch.finfo(torch.float32).max)
+    # In two parts, as one float32 is too coarse for tokens that are not likely.
+    tensors += [draws.float(), (draws - draws.float()).float()]
     return torch.stack([tensor.view(torch.int32) for tensor in tensors])
 
 
@@ -61,7 +64,7 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=-1)
 
 
-def sample(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def sample(logits: torch.Tensor, rows: torch.Tensor, *, cuts: bool = True) -> torch.Tensor:
     """A token for each row.
 
     A row whose logits hold NaN or +inf, or nothing but -inf, gets some token of the vocabulary: what a broken adapter
@@ -70,28 +73,51 @@ def sample(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     Args:
         logits: (n, V) fp32.
         rows: (`ROWS`, n) int32, of `rows_of`.
+        cuts: whether some row has a top-k or a top-p. Only these need the vocabulary in order, and sorting takes longer
+            than all else; what other rows get is the same either way.
 
     Returns:
         (n,) int64.
     """
-    temperature, top_p, draws = (rows[i].view(torch.float32).unsqueeze(1) for i in (0, 2, 3))
+    temperature, top_p, draws, rests = (rows[i].view(torch.float32).unsqueeze(1) for i in (0, 2, 3, 4))
     top_k = rows[1].unsqueeze(1)
     is_greedy = temperature == 0
-    # In this order, as what is left is always a beginning of it. The first is what argmax gives.
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    last = ordered.gather(-1, (top_k.long() - 1).clamp(0, logits.shape[-1] - 1))
-    is_left = (top_k == 0) | (ordered >= last)
+    most_likely = greedy(logits).unsqueeze(1)
     # Divided after the largest was subtracted, no temperature makes infinities of finite logits but -inf.
-    scaled = (ordered - ordered[:, :1]) / temperature.masked_fill(is_greedy, 1)
-    probabilities = scaled.masked_fill(~is_left, float("-inf")).softmax(dim=-1)
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.masked_fill(is_greedy, 1)
+    draws = draws.double() + rests.double()
+    chosen = _drawn(scaled.softmax(dim=-1), draws)
+    if cuts:
+        is_cut = ((top_k > 0) & (top_k < logits.shape[-1])) | (top_p < 1)
+        chosen = torch.where(is_cut, _drawn_of_likely(scaled, top_k, top_p, draws), chosen)
+    return torch.where(is_greedy, most_likely, chosen).squeeze(-1)
+
+
+def _drawn(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Where the sum of the probabilities passes the draw: (n, V) and (n, 1) → (n, 1)."""
     # In fp32, sums over a large vocabulary would leave the least likely tokens no place of their own.
+    sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    # A token of probability 0 adds nothing, so the sum never stops there; nor behind the last that adds something.
+    return torch.minimum((sums <= draws * total).sum(dim=-1, keepdim=True), (sums < total).sum(dim=-1, keepdim=True))
+
+
+def _drawn_of_likely(
+    scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, draws: torch.Tensor
+) -> torch.Tensor:
+    """The same among the most likely tokens."""
+    # In this order, as what is left is always a beginning of it.
+    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    last = ordered.gather(-1, (top_k.long() - 1).clamp(0, scaled.shape[-1] - 1))
+    is_left = (top_k == 0) | (ordered >= last)
+    probabilities = ordered.masked_fill(~is_left, float("-inf")).softmax(dim=-1)
     sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
     # The token with which the sum reaches top_p stays.
     is_left = (probabilities > 0) & ((sums - probabilities < top_p) | (top_p == 1))
     end = is_left.sum(dim=-1, keepdim=True).sub_(1).clamp_(min=0)
-    target = sums.gather(-1, end) * (1 - draws.double())
+    target = sums.gather(-1, end) * (1 - draws)
     chosen = torch.minimum((sums <= target).sum(dim=-1, keepdim=True), end)
-    return order.gather(-1, chosen.masked_fill(is_greedy, 0)).squeeze(-1)
+    return order.gather(-1, chosen)
 
 
 def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -42,10 +42,10 @@ class Tenants:
         """Counts nothing yet.
 
         Args:
-            policies: of tenants by name; whoever owns it may change it.
+            policies: of tenants by name.
             default: of all others.
         """
-        self._policies = policies
+        self._policies = dict(policies)
         self._default = default
         self._lock = threading.Lock()
         self._running: Counter[str] = Counter()
@@ -60,6 +60,10 @@ class Tenants:
     def policy(self, tenant: str) -> TenantPolicy:
         """A tenant's policy."""
         return self._policies.get(tenant, self._default)
+
+    def change(self, tenant: str, policy: TenantPolicy) -> None:
+        """Gives a tenant another policy."""
+        self._policies[tenant] = policy
 
     def may_run(self, tenant: object) -> bool:
         """Whether one more of a tenant's sequences may run."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ class Sources:
             Fault: it may not be loaded from there. Whether there is something elsewhere, it does not tell.
         """
         for root in self._roots:
-            folder = Path(os.path.realpath(root / path))  # of links too
-            if folder.is_relative_to(root) and folder.is_dir():
-                return str(folder)
+            with suppress(OSError, ValueError):  # too long, or no path at all
+                folder = Path(os.path.realpath(root / path))  # of links too
+                if folder.is_relative_to(root) and folder.is_dir():
+                    return str(folder)
         if self._hub and path.count("/") == 1 and not path.startswith((".", "/", "~")):
             return path
         allowed = ["a folder below one of --adapter-root"] * bool(self._roots) + ["a Hub id"] * self._hub

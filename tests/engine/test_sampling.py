@@ -85,8 +85,9 @@ def test_the_tokens_that_stay_are_those_of_transformers(values, temperature, top
     ranks = sorted(range(len(values)), key=lambda token: (-values[token], token))
     expected = set(ranks[: int(stay.sum())])
     assert sorted(values[token] for token in expected) == sorted(logits[0][stay].tolist())
-    last = sample(logits, rows_of([Settings(temperature, top_k, top_p, 0.0)])).item()
-    assert last == ranks[len(expected) - 1]
+    least = sample(logits, rows_of([Settings(temperature, top_k, top_p, 0.0)])).item()
+    is_cut = 0 < top_k < len(values) or top_p < 1
+    assert least == (ranks[len(expected) - 1] if is_cut else min(expected))
     found = over_draws(logits, 512, temperature, top_k, top_p).nonzero().flatten().tolist()
     assert set(found) <= expected
 
@@ -144,11 +145,12 @@ def test_a_row_is_drawn_the_same_whatever_is_beside_it(data):
 def test_the_smallest_and_the_largest_draw_take_tokens_that_may_be_drawn():
     logits = torch.tensor([[3.0, -INF, 2.0, -200.0, 1.0]])
     least, most = 0.0, 1 - 2**-53  # in float32 the latter is 1
-    for top_k, top_p, last in ((0, 1.0, 4), (2, 1.0, 2), (0, 0.8, 2), (1, 1.0, 0)):
+    # Of a part of the vocabulary the least likely comes first, of all of it the first.
+    for top_k, top_p, expected in ((0, 1.0, [0, 4]), (2, 1.0, [2, 0]), (0, 0.8, [2, 0]), (1, 1.0, [0, 0])):
         tokens = sample(
             logits.expand(2, -1), rows_of([Settings(1.0, top_k, top_p, least), Settings(1.0, top_k, top_p, most)])
         )
-        assert tokens.tolist() == [last, 0]
+        assert tokens.tolist() == expected
 
 
 def test_tokens_far_less_likely_than_the_precision_of_fp32_sums_have_their_place():
@@ -161,14 +163,23 @@ def test_tokens_far_less_likely_than_the_precision_of_fp32_sums_have_their_place
         (1.99 * share, 1),
         (2.1 * share, 0),
     ):
-        assert sample(logits, rows_of([Settings(1.0, 0, 1.0, position)])).item() == token
+        assert sample(logits, rows_of([Settings(1.0, 0, 1.0, 1 - position)])).item() == token
+        assert sample(logits.flip(-1), rows_of([Settings(1.0, 0, 1.0, position)])).item() == 2 - token
 
 
 def test_without_top_p_no_token_of_a_large_vocabulary_is_lost():
     logits = torch.zeros(1, 200_000)
     settings = [Settings(1.0, 0, 1.0, (i + 0.5) / 200_000) for i in (0, 1, 100_000, 199_998, 199_999)]
     tokens = sample(logits.expand(5, -1), rows_of(settings))
-    assert (tokens - torch.tensor([199_999, 199_998, 99_999, 1, 0])).abs().max() <= 1
+    assert (tokens - torch.tensor([0, 1, 100_000, 199_998, 199_999])).abs().max() <= 1
+
+
+def test_rows_without_cuts_are_drawn_the_same_beside_rows_with_them():
+    logits = 3 * torch.randn(40, 3000)
+    settings = [Settings(0.7, 0, 1.0, draw("s", i)) for i in range(39)]
+    alone = sample(logits[:39], rows_of(settings), cuts=False)
+    assert sample(logits, rows_of([*settings, Settings(1.0, 5, 0.5, 0.3)]))[:39].equal(alone)
+    assert len(alone.unique()) > 5
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-50, 1e-40, 1e-6, 1.0, 1e6, 1e38, 1e308])

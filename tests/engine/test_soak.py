@@ -137,6 +137,6 @@ def test_soak(tmp_path, monkeypatch):
         while (scheduler.active_requests or model.pool.held) and time.monotonic() < end:
             time.sleep(0.01)
         stats = engine.stats()
-        assert (stats.open, stats.waiting, stats.cache_free) == (0, 0, 1.0)
+        assert (stats.open, stats.waiting, stats.cache_free) == (0, {}, 1.0)
         assert not model.pool.held and not scheduler.waiting_requests and not scheduler.cache.owners
         assert stats.device.nbytes <= room
