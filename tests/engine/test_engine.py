@@ -375,9 +375,9 @@ def test_stats_tell_who_runs_and_what_tenants_had(bank):
     ended = []
     with Engine(model, config(max_requests=2), on_end=ended.append) as engine:
         long = [engine.submit(PROMPT, name, max_new_tokens=50, tenant="t") for name in ("lora", None)]
-        waits = engine.submit(PROMPT, "dora", max_new_tokens=3, temperature=1.0, n=2)
         for handle in long:
             next(iter(handle))
+        waits = engine.submit(PROMPT, "dora", max_new_tokens=3, temperature=1.0, n=2)
         stats = engine.stats()
         assert stats.running == {"lora": 1, None: 1} and stats.waiting == {"dora": 2}
         assert stats.open == 3 and stats.loads.copies == 1 <= stats.loads.reads
