@@ -52,6 +52,10 @@ install: $(STAMPS)/dev  ## set up the environment for development
 test: $(STAMPS)/dev  ## run the tests
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
+.PHONY: load
+load: $(STAMPS)/dev  ## put a server under load for a minute: 64 connections, 32 tenants
+	LORAKIT_LOAD_SECONDS=60 OMP_NUM_THREADS=1 $(PY) -m pytest -q -s tests/server/test_load.py
+
 .PHONY: quantised
 quantised: $(STAMPS)/dev $(STAMPS)/quantisers  ## run the tests on quantised bases, each with its quantiser
 	PYTHONPATH=$(VENV)/quantisers OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/runtime/test_quantised.py

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -145,7 +145,7 @@ def create_app(
         state = "dead" if app.failed else "starting" if app.served is None else app.served.engine.state
         return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def read_metrics(request: Request) -> Response:
         """What Prometheus reads; where there are tenants, whom it tells of, for the administrator alone."""
         if access.accounts is not None:
