@@ -14,6 +14,7 @@ from lorakit.bench import (
     engine_loading,
     engine_peft,
     engine_step,
+    engine_tensor_parallel,
     engine_workloads,
     export,
 )
@@ -30,5 +31,6 @@ BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "engine-adapters": engine_adapters.run,
     "engine-loading": engine_loading.run,
     "engine-peft": engine_peft.run,
+    "engine-tensor-parallel": engine_tensor_parallel.run,
     "export": export.run,
 }

@@ -122,7 +122,7 @@ def _systems(
     cache = llama.cache_bytes(batch, steps.prompt + steps.long)
     with Engine(model, engine_config(batch, cache, base.device, level=level)) as engine:
         for name, mix in mixes.items():
-            yield f"lorakit, {name}", _times(partial(serve_rows, engine, asked, mix), steps)
+            yield f"lorakit, {name}", times_of(partial(serve_rows, engine, asked, mix), steps)
     del model, engine
     _free()
 
@@ -149,10 +149,10 @@ def _transformers(base: PreTrainedModel, batch: int, level: int, llama: Llama, s
                 assert result is not None and result.error is None, result
                 done += result.is_finished()
 
-        return _times(serve, steps)
+        return times_of(serve, steps)
 
 
-def _times(serve: Serve, steps: Steps) -> list[float]:
+def times_of(serve: Serve, steps: Steps) -> list[float]:
     """Milliseconds of a step, of each pair of runs, after some that are not counted."""
     for tokens in (steps.short, steps.long, steps.short):
         serve(tokens)

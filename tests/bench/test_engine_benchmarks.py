@@ -13,6 +13,7 @@ from lorakit.bench import (
     engine_loading,
     engine_peft,
     engine_step,
+    engine_tensor_parallel,
     engine_workloads,
 )
 from lorakit.bench.engine_step import Steps
@@ -40,6 +41,18 @@ def test_steps(tmp_path):
     assert all(found["step_ms"]["runs"] == 2 for found in results.values())
     engine_step.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size
+
+
+@pytest.mark.xdist_group("processes")
+def test_a_base_shared_by_processes(tmp_path):
+    steps = Steps(prompt=5, short=2, long=6, runs=1)
+    shared = engine_tensor_parallel.Shared(TINY, rows=3, steps=steps, cuda=False)
+    engine_tensor_parallel.run_shared(tmp_path, shared, 2)
+    cell = json.loads((tmp_path / "engine_tensor_parallel.json").read_text())["cells"]["2 x cpu"]
+    assert {"no adapters", "one adapter", "distinct adapters"} < set(cell["results"])
+    # Two layers of rank 2 in float32: q, o, k, v, gate, up and down. A process has a part of A or of B, and the other.
+    whole = 3 * 2 * 4 * 2 * (2 * 64 + 2 * 48 + 3 * 80)
+    assert whole / 2 < cell["results"]["adapter_bytes_of_a_process"] < whole
 
 
 def test_workloads():
