@@ -169,7 +169,7 @@ def create_app(
         """Continues a conversation."""
         served = app.ready
         _check_n(body.n, limits)
-        adapter = served.adapter_of(body.model, who.may_use)
+        adapter = served.adapter_of(body.adapter, who.may_use)
         prompts = [await served.chat_prompt(body)]
         handles, done = await _submitted(served, access, who, prompts, adapter, body)
         answer = ChatAnswer(served, body.model, handles, include_usage=body.include_usage, done=done)
@@ -182,7 +182,7 @@ def create_app(
         _check_n(body.n, limits)
         if not 1 <= len(body.prompts) <= limits.prompts:
             raise Fault(400, f"prompt holds {len(body.prompts)}; give 1 to {limits.prompts}.", param="prompt")
-        adapter = served.adapter_of(body.model, who.may_use)
+        adapter = served.adapter_of(body.adapter, who.may_use)
         prompts = await served.text_prompts(body)
         handles, done = await _submitted(served, access, who, prompts, adapter, body)
         answer = CompletionAnswer(served, body.model, handles, include_usage=body.include_usage, done=done)

@@ -2,7 +2,7 @@
 
 What would change an answer and is not served is refused by name; what only describes a request (`user`, `metadata`, …)
 is taken and left alone. Extensions are those of vLLM: `top_k`, `stop_token_ids`, `ignore_eos`,
-`cache_salt`, `chat_template_kwargs`.
+`cache_salt`, `chat_template_kwargs`; and SGLang's `lora_path`.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: StrictStr
+    # SGLang's way to name an adapter beside its base.
+    lora_path: StrictStr | None = None
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     max_tokens: StrictInt | None = Field(None, ge=1)
@@ -117,6 +119,11 @@ class Asked(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for a stream; set stream to true, or leave it out")
         return self
+
+    @property
+    def adapter(self) -> str:
+        """Whom it asks: an adapter, or the base."""
+        return self.model if self.lora_path is None else self.lora_path
 
     @property
     def include_usage(self) -> bool:

@@ -1,5 +1,10 @@
 """OpenAI's routes, by the real client: the same tokens as the engine's, in OpenAI's shapes."""
 
+import json
+import re
+import subprocess
+from pathlib import Path
+
 import openai
 import pytest
 from loopback import BASE, TENANTS
@@ -30,6 +35,32 @@ def test_a_model_is_an_adapter_or_the_base(client, served, tokenizer, name):
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
+def test_sglangs_way_to_name_an_adapter(client):
+    def content(model, **options):
+        answer = client.chat.completions.create(
+            model=model, messages=MESSAGES, max_tokens=12, temperature=0, extra_body=options
+        )
+        return answer.choices[0].message.content
+
+    assert content(BASE, lora_path="sql") == content("sql") != content(BASE)
+    with pytest.raises(openai.NotFoundError):
+        content(BASE, lora_path="never")
+
+
+def test_the_readmes_curl_lines(url):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^curl (?:.*\\\n)*.*", readme, re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert "http://127.0.0.1:8000" in command
+        command = command.replace("http://127.0.0.1:8000", url)
+        answer = subprocess.run(
+            ["bash", "-ec", f"{command} --silent --fail"], capture_output=True, text=True, timeout=60
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert json.loads(answer.stdout)["choices"][0]["message"]["role"] == "assistant"
+
+
 def test_tenants_answer_differently(client):
     answers = {
         name: client.chat.completions.create(model=name, messages=MESSAGES, max_tokens=12, temperature=0)
@@ -42,7 +73,8 @@ def test_tenants_answer_differently(client):
 
 def test_a_stream_is_the_same_text_in_pieces(client, tokenizer):
     asked = {"model": "poet", "messages": MESSAGES, "max_tokens": 24, "temperature": 0}
-    whole = client.chat.completions.create(**asked)
+    # Of the second the prefix cache has as much as of the third.
+    _, whole = (client.chat.completions.create(**asked) for _ in range(2))
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert len({chunk.id for chunk in chunks}) == 1 and {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
