@@ -7,11 +7,12 @@ adapters and public ones; of others it cannot tell that they are there. The admi
 from __future__ import annotations
 
 import hmac
+import json
 import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,18 +34,35 @@ class Caller:
 
     Attributes:
         account: the tenant's; None where there are no accounts, and for the administrator.
-        is_admin: whether it is the administrator.
-        may_use: whether it may use an adapter of that name, whether that is there or not.
+        accounts: where its adapters are known from; None: it may use all.
     """
 
-    account: Account | None
-    is_admin: bool
-    may_use: Callable[[str], bool]
+    account: Account | None = None
+    accounts: Accounts | None = None
 
     @property
     def name(self) -> str | None:
         """The tenant's name, if it is one."""
         return None if self.account is None else self.account.name
+
+    def may_use(self, adapter: str) -> bool:
+        """Whether it may use an adapter of that name, whether that is there or not."""
+        return self.accounts is None or self.account is None or self.accounts.may_use(self.account.name, adapter)
+
+    def usable(self, adapters: Iterable[str]) -> list[str]:
+        """Those of some adapters that it may use."""
+        if self.accounts is None or self.account is None:
+            return list(adapters)
+        allowed = self.accounts.adapters_of(self.account.name)
+        return [name for name in adapters if name in allowed]
+
+    def salt(self, own: str) -> str:
+        """What keeps its prompts apart in the prefix cache: what others have asked must not show in how long it takes.
+
+        Args:
+            own: the salt that it asks for.
+        """
+        return own if self.account is None else json.dumps([self.account.name, own])
 
 
 class Access:
@@ -84,15 +102,14 @@ class Access:
         key = _bearer(headers)
         is_admin = self._is_admin(key)
         if self.accounts is None:
-            return Caller(None, is_admin, lambda _: True)
+            return Caller()
         account = self.accounts.owner_of(key)
         if is_admin:
-            return Caller(None, True, lambda _: True)
+            return Caller()
         if account is None:
             what = "is wrong" if key else "is missing; send it as 'Authorization: Bearer KEY'"
             raise _unknown_key(f"the API key {what}.")
-        accounts, name = self.accounts, account.name
-        return Caller(account, False, lambda adapter: accounts.may_use(name, adapter))
+        return Caller(account, self.accounts)
 
     def check_admin(self, headers: Mapping[str, str]) -> None:
         """Lets the administrator pass.

@@ -156,8 +156,7 @@ def create_app(
     async def models(who: Caller = calls) -> dict[str, Any]:
         """The base and its adapters."""
         served = app.ready
-        names = [name for name in served.names if who.may_use(name)]
-        return {"object": "list", "data": [_card(app, served, name) for name in (None, *names)]}
+        return {"object": "list", "data": [_card(app, served, name) for name in (None, *who.usable(served.names))]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, who: Caller = calls) -> dict[str, Any]:
@@ -234,8 +233,7 @@ async def _submitted(
         until_done.callback(cancel)
         if who.account is not None:
             served.engine.set_tenant(who.account.name, who.account.policy)
-            # What others have asked must not show in how long an answer takes.
-            settings |= {"tenant": who.account.name, "cache_salt": f"{who.account.name}/{settings['cache_salt']}"}
+            settings |= {"tenant": who.account.name, "cache_salt": who.salt(body.cache_salt)}
         elif access.accounts is not None:
             settings["tenant"] = ""  # the administrator's are nobody's
         for prompt in prompts:

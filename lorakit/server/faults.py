@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorakit.errors import (
+    AccountError,
     AdapterNotFoundError,
     ConfigError,
     DeadlineExceededError,
@@ -99,6 +100,8 @@ def of(error: BaseException) -> Fault:
     if isinstance(error, EngineError):
         told = "the engine does not run" if isinstance(error, EngineStoppedError) else "the engine failed"
         return Fault(503, f"{told}.", type="service_unavailable_error", headers={"Retry-After": "1"})
+    if isinstance(error, AccountError):
+        return Fault(500, "the server's file of tenants cannot be used; its log tells why.", type="server_error")
     if isinstance(error, LorakitError):  # it may tell of the server's folders
         told = "the adapter cannot be served; the server's log tells why."
         return Fault(500, told, type="server_error", code="adapter_failed")

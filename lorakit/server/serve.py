@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,9 +76,10 @@ def serve(settings: Settings) -> None:
         LorakitError: the model cannot be loaded, see `load`; or the file of tenants is none.
         OSError: the address is taken, or not this machine's.
     """
-    accounts = None if settings.tenants is None else Accounts(settings.tenants)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as listener:
+    with ExitStack() as opened:
+        accounts = None if settings.tenants is None else opened.enter_context(closing(Accounts(settings.tenants)))
+        listener = opened.enter_context(socket.socket(family))
         # Before minutes are spent on loading.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))

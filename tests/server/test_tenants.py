@@ -147,6 +147,23 @@ def test_a_prompt_is_not_shown_by_the_prefix_cache(client_of):
     assert cached(acme) == 0 and cached(acme) > 0 and cached(rival) == 0
 
 
+def test_a_salt_of_its_own_does_not_reach_into_anothers(client_of, accounts):
+    """Whatever names and salts are, two tenants have no common prefix."""
+    for name in ("a", "a/b", 'a", "b'):
+        accounts.add(Account(name))
+    prompt = "One more secret that only one tenant knows. " * 12
+
+    def cached(client, salt):
+        options = {"cache_salt": salt} if salt else {}
+        answer = client.completions.create(model=BASE, prompt=prompt, max_tokens=1, extra_body=options)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached(client_of("a/b"), "") == 0 and cached(client_of('a", "b'), "") == 0
+    for salt in ("b/", "b", "/b", 'b", "', '", "b'):
+        assert cached(client_of("a"), salt) == 0
+    assert cached(client_of("a/b"), "") > 0
+
+
 # How much
 
 
