@@ -33,6 +33,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 from lorakit.engine import sampling
 from lorakit.engine.admission import Admission
+from lorakit.engine.handle import Likely
 from lorakit.engine.job import Job
 from lorakit.engine.orders import Follower, Leader, Orders
 from lorakit.errors import EngineError, MissingDependencyError
@@ -81,6 +82,7 @@ class State(RequestState):
     """A request as transformers sees it, with its job."""
 
     job: Job = field(kw_only=True)
+    likely: Sequence[Likely] = field(default=(), kw_only=True)
 
     @classmethod
     def of(cls, job: Job) -> State:
@@ -102,7 +104,7 @@ class State(RequestState):
     def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
         """Gives the token to the job, which knows of more ends than transformers does."""
         finished = super().update_and_check_completion(token_id, logprob)
-        if self.job.take(token_id, logprob) and not finished:
+        if self.job.take(token_id, logprob, self.likely) and not finished:
             self.status = RequestStatus.FINISHED
         return self.status == RequestStatus.FINISHED
 
@@ -285,13 +287,19 @@ class Rows:
         is_sampled: whether some row of the batch that was prepared last is not greedy.
         is_cut: whether some row of it is drawn from a part of the vocabulary.
         has_logprobs: whether some row of it wants logarithmic probabilities.
+        has_likely: whether some row of it wants the most likely tokens, too.
     """
 
     tensors_required = sampling.ROWS
     do_processing = False
 
     def __init__(self) -> None:
-        self.is_sampled = self.is_cut = self.has_logprobs = False
+        self.is_sampled = self.is_cut = self.has_logprobs = self.has_likely = False
+
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """What the batch's forward does beside the base: forwards of another kind are other graphs."""
+        return self.is_sampled, self.is_cut, self.has_logprobs, self.has_likely
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """There are none."""
@@ -309,10 +317,56 @@ class Rows:
         self.is_sampled = any(request.temperature for request in requests)
         self.is_cut = any(request.temperature and (request.top_k or request.top_p < 1) for request in requests)
         self.has_logprobs = any(request.logprobs for request in requests)
+        self.has_likely = any(request.top_logprobs for request in requests)
         if self.is_sampled:
             # The position was advanced already: the new token's place after the prompt.
             settings = [state.job.settings(state.position_offset - state.prompt_length) for state in rows]
             arg_storage[: sampling.ROWS, : len(rows)] = sampling.rows_of(settings)
+
+
+class _LikelyOf:
+    """The most likely tokens of a batch: on the device, and on the host, where requests find theirs."""
+
+    def __init__(self, io: Any, rows: int, device: torch.device) -> None:
+        """Has itself asked before the batch's tokens are handed out.
+
+        Args:
+            io: the host's tensors of the batch.
+            rows: the most.
+            device: where they come from.
+        """
+        self._device = torch.zeros(2, sampling.MOST_LIKELY, rows, dtype=torch.int32, device=device)
+        self._host = torch.zeros_like(self._device, device="cpu", pin_memory=device.type == "cuda")
+        self._count, self._is_new = 0, False
+        told = io.prepare_batch_update
+
+        def tell() -> Any:
+            futures, *rest = told()  # waits for the batch, and so for `fetch`
+            self._hand_out(futures)
+            return futures, *rest
+
+        io.prepare_batch_update = tell
+
+    def take(self, found: torch.Tensor) -> None:
+        """Takes them from `sampling.most_likely`; a CUDA graph keeps this."""
+        self._count = found.shape[1]  # fewer in a vocabulary of few; the same in each batch
+        self._device[:, : self._count, : found.shape[2]].copy_(found)
+
+    def fetch(self) -> None:
+        """Begins to copy them to the host, in the order of the current stream."""
+        self._host.copy_(self._device, non_blocking=True)
+        self._is_new = True
+
+    def _hand_out(self, futures: Sequence[FutureRequestState]) -> None:
+        if not self._is_new:
+            return
+        self._is_new = False
+        rows = [future.state for future in futures if future.has_new_token]
+        found = self._host[:, : self._count, : len(rows)]
+        ids, logprobs = found[0].T.tolist(), found[1].view(torch.float32).T.tolist()
+        for place, state in enumerate(rows):
+            if isinstance(state, State):
+                state.likely = [*map(Likely, ids[place], logprobs[place])]
 
 
 class Runner(ModelRunner):
@@ -344,7 +398,8 @@ class Runner(ModelRunner):
             for config in (self.cb_config.varlen_compile_config, self.cb_config.decode_compile_config)
         ]
         self._compiled_varlen = self._compiled_decode = None
-        self._graphs: dict[tuple[Mode | None, int, bool, bool, bool], CudaGraphBuffer] = {}
+        self._graphs: dict[tuple[Mode | None, int, tuple[bool, ...]], CudaGraphBuffer] = {}
+        self._likely: dict[int, _LikelyOf] = {}
         self._version: tuple[int, int, int] | None = None
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
@@ -368,7 +423,19 @@ class Runner(ModelRunner):
         self._serving = (
             partial(self.model.serving, slots, kept) if standing is None else partial(self.model.standing_by, standing)
         )
+        likely = self._likely_of_batch() if self.logit_processor.has_likely else None
         super().compute_batch(model, batch_data)
+        if likely is not None:
+            with self._stream():
+                likely.fetch()
+
+    def _likely_of_batch(self) -> _LikelyOf:
+        """Where the batch's most likely tokens go; each pair of tensors has its own, as it has its own graphs."""
+        io = self.inputs_and_outputs
+        io = io.io_pairs[io.current_pair].host_io if isinstance(io, ContinuousBatchingAsyncIOs) else io
+        if id(io) not in self._likely:
+            self._likely[id(io)] = _LikelyOf(io, self.cb_config.max_requests_per_batch, self.model.device)
+        return self._likely[id(io)]
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable[..., None], bool]:
         if not self._can_replay:
@@ -416,7 +483,7 @@ class Runner(ModelRunner):
             self._graphs = {key: graphs for key, graphs in self._graphs.items() if key[0] is None}
             self._version = version
         rows = self.logit_processor
-        key = None if standing is None else standing.mode, pair, rows.is_sampled, rows.is_cut, rows.has_logprobs
+        key = None if standing is None else standing.mode, pair, rows.kind
         io.graphs = self._graphs.setdefault(key, CudaGraphBuffer())
 
     def _stream(self) -> AbstractContextManager[Any]:
@@ -462,6 +529,8 @@ class Runner(ModelRunner):
         if rows.has_logprobs:
             # Bits of fp32, as transformers keeps them.
             output_ids[1, : len(tokens)].copy_(sampling.logprobs_of(logits, tokens).view(torch.int32))
+        if rows.has_likely:
+            self._likely_of_batch().take(sampling.most_likely(logits))
 
 
 @contextmanager

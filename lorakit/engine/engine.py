@@ -219,6 +219,7 @@ class Engine:
         stop_token_ids: int | Iterable[int] | None = None,
         ignore_eos: bool = False,
         logprobs: bool = False,
+        top_logprobs: int = 0,
         n: int = 1,
         deadline: float | None = None,
         tenant: str | None = None,
@@ -238,6 +239,7 @@ class Engine:
             stop_token_ids: tokens that end it beside the base's end-of-sequence tokens.
             ignore_eos: do not end at the latter.
             logprobs: give each token's logarithmic probability.
+            top_logprobs: give so many of the most likely tokens of each place, too; up to 20.
             n: sequences to draw.
             deadline: seconds from now after which it fails.
             tenant: whose turn it takes; None: the adapter's name, "" for the base.
@@ -266,6 +268,7 @@ class Engine:
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
             logprobs=logprobs,
+            top_logprobs=top_logprobs,
             n=n,
             deadline=deadline,
             tenant=tenant,

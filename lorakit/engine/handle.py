@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
+class Likely(NamedTuple):
+    """A token that could have been drawn.
+
+    Attributes:
+        id: the token.
+        logprob: its logarithmic probability.
+    """
+
+    id: int
+    logprob: float
+
+
 class Token(NamedTuple):
     """One generated token.
 
@@ -30,11 +42,13 @@ class Token(NamedTuple):
         id: the token.
         logprob: its logarithmic probability, if it was asked for.
         sequence: which of the request's sequences it continues, counted from 0.
+        top: the most likely tokens of its place, as many as were asked for.
     """
 
     id: int
     logprob: float | None = None
     sequence: int = 0
+    top: tuple[Likely, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Completion:
     Attributes:
         token_ids: what was generated, the token that ended it included.
         logprobs: of each token, if they were asked for.
+        top_logprobs: the most likely tokens of each place, if they were asked for.
         finish_reason: "stop" for a stop token or string, "length" for the limit of new tokens, "cancelled".
         stop: the stop token or string that ended it.
         times: seconds from its submission until each token came.
@@ -60,6 +75,7 @@ class Completion:
     seconds: float
     cached_tokens: int = 0
     queued: float | None = None
+    top_logprobs: tuple[tuple[Likely, ...], ...] | None = None
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -247,13 +263,13 @@ class RequestHandle:
                 await listener.news.wait()
         return self._results()[0]
 
-    def add(self, sequence: int, token: int, logprob: float | None) -> None:
+    def add(self, sequence: int, token: int, logprob: float | None, top: tuple[Likely, ...] = ()) -> None:
         """The engine has a token."""
         with self._lock:
             if sequence in self._ended:
                 return
             self._times[sequence].append(time.monotonic() - self.submitted)
-            new = Token(token, logprob, sequence)
+            new = Token(token, logprob, sequence, top)
             self._tokens.append(new)
             self._of[sequence].append(new)
             self._news.notify_all()
@@ -293,6 +309,7 @@ class RequestHandle:
                 seconds=time.monotonic() - self.submitted,
                 cached_tokens=cached,
                 queued=None if joined is None else joined - self.submitted,
+                top_logprobs=tuple(token.top for token in tokens) if self.request.top_logprobs else None,
             )
             self._end({sequence: _Ended(completion, None)})
 

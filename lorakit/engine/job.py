@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 
 from lorakit.engine import sampling
-from lorakit.engine.handle import FinishReason, RequestHandle
+from lorakit.engine.handle import FinishReason, Likely, RequestHandle
 from lorakit.engine.stopping import Decode, StopStrings
 from lorakit.errors import EngineError
 from lorakit.runtime.model import Adapter
@@ -124,14 +125,21 @@ class Job:
             return sampling.GREEDY
         return sampling.Settings(request.temperature, request.top_k, request.top_p, sampling.draw(self._seed, place))
 
-    def take(self, token: int, logprob: float | None) -> bool:
-        """Takes a generated token, and tells whether the sequence ends with it, or has ended already."""
+    def take(self, token: int, logprob: float | None, likely: Sequence[Likely] = ()) -> bool:
+        """Takes a generated token, and tells whether the sequence ends with it, or has ended already.
+
+        Args:
+            token: the token.
+            logprob: its logarithmic probability.
+            likely: the most likely tokens of its place, first those that are most.
+        """
         # Its request may have failed with another sequence.
         self.over = self.over or self.handle.done
         if self.over and not self.shared:
             return True
         self.generated.append(token)
-        self.handle.add(self.sequence, token, logprob if self.request.logprobs else None)
+        top = tuple(likely[: self.request.top_logprobs])
+        self.handle.add(self.sequence, token, logprob if self.request.logprobs else None, top)
         if token in self.request.stop_token_ids:
             self._finish("stop", token)
             return True

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from lorakit.engine.checks import number, shown, whole, yes_or_no
+from lorakit.engine.sampling import MOST_LIKELY
 from lorakit.errors import RequestError
 from lorakit.runtime.model import Adapter
 from lorakit.runtime.prompts import last_occurrence
@@ -34,6 +35,7 @@ class Request:
         stop_token_ids: tokens that end it; the base's end-of-sequence tokens are among them, unless ignored.
         stop_strings: texts that end it.
         logprobs: whether each token comes with its logarithmic probability, before temperature, top-k and top-p.
+        top_logprobs: so many of the most likely tokens come with each token, with theirs.
         n: how many sequences are drawn.
         deadline: seconds from its submission after which it fails, or None.
         tenant: whose turn it takes.
@@ -50,6 +52,7 @@ class Request:
     stop_token_ids: frozenset[int]
     stop_strings: tuple[str, ...]
     logprobs: bool
+    top_logprobs: int
     n: int
     deadline: float | None
     tenant: str
@@ -67,6 +70,7 @@ class Request:
             ),
             "seed": whole(RequestError, "seed", self.seed, 0, _MOST_SEED),
             "logprobs": yes_or_no(RequestError, "logprobs", self.logprobs),
+            "top_logprobs": whole(RequestError, "top_logprobs", self.top_logprobs, 0, MOST_LIKELY),
             "n": whole(RequestError, "n", self.n, 1, _MOST_SEQUENCES),
         }
         if self.deadline is not None:
@@ -75,6 +79,8 @@ class Request:
             )
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs come with logprobs; set these, or leave top_logprobs out.")
         for name in ("tenant", "cache_salt"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name} is {shown(getattr(self, name))}; give a string.")

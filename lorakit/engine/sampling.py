@@ -22,6 +22,10 @@ ROWS = 5
 """Rows of settings, int32 each: temperature, top-p, and the two parts of the draw are the bits of float32."""
 
 
+MOST_LIKELY = 20
+"""Tokens of a place that can be told beside the one that was drawn: as many as OpenAI's API gives."""
+
+
 class Settings(NamedTuple):
     """How a row is drawn.
 
@@ -118,6 +122,19 @@ def _drawn_of_likely(
     target = sums.gather(-1, end) * (1 - draws)
     chosen = torch.minimum((sums <= target).sum(dim=-1, keepdim=True), end)
     return order.gather(-1, chosen)
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely tokens of each row, and the logarithms of their probabilities.
+
+    Args:
+        logits: (n, V) fp32.
+
+    Returns:
+        (2, `MOST_LIKELY` or V if that is less, n) int32: tokens, and the bits of fp32.
+    """
+    found = logits.log_softmax(dim=-1).topk(min(MOST_LIKELY, logits.shape[-1]), dim=-1)
+    return torch.stack([found.indices.int(), found.values.view(torch.int32)]).transpose(1, 2)
 
 
 def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

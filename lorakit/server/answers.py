@@ -181,11 +181,15 @@ class ChatAnswer(Answer):
             return None
         found = []
         for token in tokens:
-            text = self._served.token_text(token.id)
-            # Of a part of a character a tokenizer tells no bytes.
-            own = None if UNFINISHED in text else list(text.encode())
-            found.append({"token": text, "logprob": _finite(token.logprob), "bytes": own, "top_logprobs": []})
+            top = [self._likely(one.id, one.logprob) for one in token.top]
+            found.append({**self._likely(token.id, token.logprob), "top_logprobs": top})
         return {"content": found, "refusal": None}
+
+    def _likely(self, token: int, logprob: float | None) -> _Json:
+        text = self._served.token_text(token)
+        # Of a part of a character a tokenizer tells no bytes.
+        own = None if UNFINISHED in text else list(text.encode())
+        return {"token": text, "logprob": _finite(logprob), "bytes": own}
 
 
 class CompletionAnswer(Answer):
@@ -217,9 +221,14 @@ class CompletionAnswer(Answer):
         return {
             "tokens": texts,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": None,
+            "top_logprobs": [self._top(token) for token in tokens] if self._handles[0].request.top_logprobs else None,
             "text_offset": offsets,
         }
+
+    def _top(self, token: Token) -> _Json:
+        """The most likely tokens of a place by their texts, and the one that was drawn, whether it is one or not."""
+        top = {self._served.token_text(one.id): _finite(one.logprob) for one in token.top}
+        return {self._served.token_text(token.id): _finite(token.logprob)} | top
 
 
 async def _ended(handle: RequestHandle) -> Completion:
@@ -239,8 +248,10 @@ async def _read(
 
 
 def _tokens(completion: Completion) -> list[Token]:
-    logprobs = completion.logprobs or (None,) * len(completion.token_ids)
-    return [Token(token, logprob) for token, logprob in zip(completion.token_ids, logprobs, strict=True)]
+    count = len(completion.token_ids)
+    logprobs, tops = completion.logprobs or (None,) * count, completion.top_logprobs or ((),) * count
+    places = zip(completion.token_ids, logprobs, tops, strict=True)
+    return [Token(token, logprob, top=top) for token, logprob, top in places]
 
 
 def _finite(logprob: float | None) -> float | None:

@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from lorakit.engine.sampling import MOST_LIKELY
+
 _LARGEST_SEED = (1 << 63) - 1
 _MOST_STOPS = 64
 _LONGEST_SALT = 256
@@ -143,6 +145,7 @@ class Asked(BaseModel):
             "stop_token_ids": self.stop_token_ids or None,
             "ignore_eos": self.ignore_eos,
             "logprobs": self.wants_logprobs,
+            "top_logprobs": self.most_likely,
             "n": self.n,
             "cache_salt": self.cache_salt,
         }
@@ -155,6 +158,11 @@ class Asked(BaseModel):
     @property
     def wants_logprobs(self) -> bool:
         """Whether each token's logarithmic probability is asked for."""
+        raise NotImplementedError
+
+    @property
+    def most_likely(self) -> int:
+        """How many of the most likely tokens are asked for beside each."""
         raise NotImplementedError
 
 
@@ -184,8 +192,14 @@ class ChatBody(Asked):
     modalities: Many[Literal["text"]] = []
     response_format: _ResponseFormat | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: StrictInt = Field(0, ge=0, le=MOST_LIKELY)
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _top_of_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs come with logprobs; set it to true")
+        return self
 
     @property
     def most_tokens(self) -> int | None:
@@ -197,6 +211,11 @@ class ChatBody(Asked):
         """As asked."""
         return bool(self.logprobs)
 
+    @property
+    def most_likely(self) -> int:
+        """As asked."""
+        return self.top_logprobs
+
 
 class CompletionBody(Asked):
     """POST /v1/completions."""
@@ -204,7 +223,7 @@ class CompletionBody(Asked):
     prompt: Prompt
     # OpenAI's default.
     max_tokens: StrictInt | None = Field(16, ge=1)
-    logprobs: Literal[0] | None = None
+    logprobs: StrictInt | None = Field(None, ge=0, le=MOST_LIKELY)
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
     best_of: StrictInt | None = None
@@ -219,6 +238,11 @@ class CompletionBody(Asked):
     def wants_logprobs(self) -> bool:
         """0 asks for the tokens' own."""
         return self.logprobs is not None
+
+    @property
+    def most_likely(self) -> int:
+        """As asked."""
+        return self.logprobs or 0
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -13,6 +13,7 @@ REQUEST = Request(
     stop_token_ids=frozenset(),
     stop_strings=(),
     logprobs=False,
+    top_logprobs=0,
     n=1,
     deadline=None,
     tenant="a",

@@ -191,6 +191,40 @@ def test_generate_keeps_the_order_and_takes_one_name_for_all(engine):
 
 
 @torch.no_grad()
+def test_top_logprobs_are_those_of_the_model(model):
+    """In batches with rows that want some, many or none, greedy and sampled."""
+    with Engine(model, SMALL) as engine:
+        settings = [("dora", 3, 0.0), (None, 20, 1.0), ("lora", 0, 0.0), ("rslora", 1, 1.0)]
+        handles = [
+            engine.submit(PROMPT, name, max_new_tokens=9, logprobs=True, top_logprobs=top, temperature=temperature)
+            for name, top, temperature in settings
+        ]
+        plain = engine.submit(PROMPT, "lora", max_new_tokens=9)
+        found = [handle.result(60) for handle in handles]
+        assert plain.result(60).top_logprobs is None
+        tokens = handles[0].tokens()
+        with pytest.raises(RequestError, match="come with logprobs"):
+            engine.submit(PROMPT, top_logprobs=2)
+        with pytest.raises(RequestError, match="top_logprobs is 21"):
+            engine.submit(PROMPT, logprobs=True, top_logprobs=21)
+        at_rest(engine)
+    assert found[2].top_logprobs is None and tokens[4].top == found[0].top_logprobs[4]
+    for (name, top, _), one in zip(settings, found, strict=True):
+        ids = torch.tensor([[*PROMPT, *one.token_ids]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, adapter_ids=name).logits[0, len(PROMPT) - 1 : -1]
+        expected = logits.double().log_softmax(-1)
+        for place, likely in enumerate(one.top_logprobs or ()):
+            assert len(likely) == top
+            best = expected[place].topk(top)
+            torch.testing.assert_close(
+                torch.tensor([one.logprob for one in likely]).double(), best.values, atol=1e-5, rtol=1e-5
+            )
+            assert {one.id for one in likely} == set(best.indices.tolist())
+    assert [likely[0].id for likely in found[0].top_logprobs] == list(found[0].token_ids)
+
+
+@torch.no_grad()
 def test_logprobs_are_those_of_the_model(model):
     with Engine(model, SMALL) as engine:
         handles = [engine.submit(PROMPT, name, max_new_tokens=5, logprobs=True) for name in ("dora", None)]

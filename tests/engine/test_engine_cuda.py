@@ -53,9 +53,17 @@ def test_with_flash_attention_tokens_are_as_likely_as_the_model_says(settings, c
     model, exact = model_on_gpu(torch.bfloat16), small.model_of()
     asked = requests(40, [None, "lora", "rslora", "dora"])
     with Engine(model, config(page_size=256, **settings)) as engine:
-        handles = [engine.submit(one.prompt, one.adapter, max_new_tokens=one.tokens, logprobs=True) for one in asked]
+        handles = [
+            engine.submit(
+                one.prompt, one.adapter, max_new_tokens=one.tokens, logprobs=True, top_logprobs=2 * (place % 2)
+            )
+            for place, one in enumerate(asked)
+        ]
         found = [handle.result(120) for handle in handles]
     assert "Failed to warm up" not in caplog.text
+    for completion in found[1::2]:  # greedy: what is drawn is the most likely
+        places = zip(completion.token_ids, completion.logprobs, completion.top_logprobs, strict=True)
+        assert all(top[0] == (token, logprob) and top[0].logprob >= top[1].logprob for token, logprob, top in places)
     errors, own, others = [], [], []
     for one, completion in zip(asked, found, strict=True):
         ids, count = torch.tensor([[*one.prompt, *completion.token_ids]]), len(completion.token_ids)

@@ -27,6 +27,7 @@ BAD = {
     "top_p": [0, 0.0, -0.5, 1.0001, math.nan, math.inf, "0.5", None, True],
     "seed": [-1, 2**64, HUGE, 0.5, "0", True, math.nan],
     "logprobs": [5, 0, 1, "yes", None],
+    "top_logprobs": [-1, 21, 1.5, "yes", None, True],
     "n": [0, -1, 129, 1.0, "1", True, None],
     "deadline": [0, -1, math.nan, math.inf, "1", True, HUGE],
     "tenant": [None, 5, b"a", ("a",)],

@@ -142,11 +142,21 @@ def test_logprobs_are_the_models(client, served, tokenizer):
     assert logprobs.token_logprobs == pytest.approx(completion.logprobs)
     assert logprobs.tokens == [tokenizer.decode([token]) for token in completion.token_ids]
     assert logprobs.text_offset == [sum(map(len, logprobs.tokens[:place])) for place in range(6)]
+    top = client.completions.create(model="sql", prompt=prompt, max_tokens=6, temperature=1, seed=4, logprobs=3)
+    found = top.choices[0].logprobs
+    for text, logprob, likely in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert likely[text] == pytest.approx(logprob) and 3 <= len(likely) <= 4
+        assert sorted(likely.values(), reverse=True)[0] >= logprob
     asked = {"model": "sql", "messages": MESSAGES, "max_tokens": 5, "temperature": 0, "logprobs": True}
     content = client.chat.completions.create(**asked).choices[0].logprobs.content
     assert len(content) == 5
     assert all(bytes(one.bytes).decode() == one.token and one.logprob <= 0 and not one.top_logprobs for one in content)
     chunks = list(client.chat.completions.create(**asked, stream=True))
+    more = client.chat.completions.create(**asked, top_logprobs=4).choices[0].logprobs.content
+    assert [len(one.top_logprobs) for one in more] == [4] * 5 and [one.token for one in more] == [
+        one.token for one in content
+    ]
+    assert all(one.top_logprobs[0].token == one.token for one in more), "it is greedy"
     streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
     assert [one.token for one in streamed] == [one.token for one in content]
     assert [one.logprob for one in streamed] == pytest.approx([one.logprob for one in content])
@@ -223,7 +233,8 @@ def test_requests_of_many_tenants_share_batches(client, served):
         ({"n": 17}, "n", "at most 16"),
         ({"n": 2, "temperature": 0}, None, "temperature"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"logprobs": True, "top_logprobs": 3}, "top_logprobs", "0"),
+        ({"top_logprobs": 3}, None, "come with logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"presence_penalty": 1}, "presence_penalty", "0"),
         ({"response_format": {"type": "json_object"}}, "response_format", "text"),
         ({"extra_body": {"guided_json": {}}}, "guided_json", "unknown, or not served"),
