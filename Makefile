@@ -38,6 +38,10 @@ help:  ## list the targets
 quickstart: $(STAMPS)/quickstart  ## train, pack and serve a few small adapters on the CPU
 	$(VENV)/bin/lorakit quickstart $(ARGS)
 
+.PHONY: demo
+demo: $(STAMPS)/demo  ## show a page on which tenants answer side by side
+	$(VENV)/bin/lorakit demo $(ARGS)
+
 .PHONY: bench
 bench: $(STAMPS)/dev  ## measure speed and memory; results go to benchmarks/
 	$(VENV)/bin/lorakit bench $(ARGS)
@@ -96,7 +100,7 @@ kernels: $(STAMPS)/venv  ## assemble the Hub's form of the kernels in kernels/bu
 .PHONY: clean
 clean:  ## remove what builds and tools left; the environment stays
 	rm -rf build dist site kernels/build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find lorakit recipes kernels tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find lorakit recipes demo kernels tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # ---- the environment
 
@@ -125,10 +129,15 @@ $(STAMPS)/quickstart: pyproject.toml constraints.txt $(STAMPS)/torch $(STAMPS)/s
 	@$(INSTALL) --no-build-isolation --editable '.[quickstart]'
 	@touch $@
 
+$(STAMPS)/demo: pyproject.toml constraints.txt $(STAMPS)/torch $(STAMPS)/small-model
+	@echo "[setup] lorakit[quickstart,demo]: a few minutes the first time"
+	@$(INSTALL) --no-build-isolation --editable '.[quickstart,demo]'
+	@touch $@ $(STAMPS)/quickstart
+
 $(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/torch $(STAMPS)/small-model
 	@echo "[setup] lorakit[dev]: a few minutes the first time"
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
-	@touch $@ $(STAMPS)/quickstart
+	@touch $@ $(STAMPS)/quickstart $(STAMPS)/demo
 
 # HQQ's installation would try to build for CUDA.
 $(STAMPS)/quantisers: tests/quantisers.txt | $(STAMPS)/torch

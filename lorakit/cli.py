@@ -320,6 +320,41 @@ def serve(
 
 
 @app.command()
+def demo(
+    base: Annotated[
+        str | None,
+        typer.Argument(help="The base model: a folder or a Hub id. By default the quickstart's.", show_default=False),
+    ] = None,
+    bank: Annotated[Path | None, typer.Option("--bank", help="The bank of its tenants.", show_default=False)] = None,
+    folder: Annotated[Path, typer.Option(help="Where the quickstart's tenants are, or come to be.")] = Path(
+        "quickstart"
+    ),
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="By default the first free from 7860 on.", show_default=False)
+    ] = None,
+) -> None:
+    """Show a page on which tenants answer side by side, from one batch."""
+    _need("the demo needs", ["gradio", "fastapi"], extra="demo")
+    if (base is None) != (bank is None):
+        raise ConfigError("a base and a bank belong together: lorakit demo BASE --bank BANK, or neither.")
+    prompts: list[str] = []
+    if base is None:
+        _need("the quickstart's tenants need", ["trl", "datasets", "yaml", "matplotlib"], extra="quickstart")
+        from lorakit.quickstart import prepare
+
+        found, opened, tasks = prepare(folder)
+        base, bank = str(found), opened.path
+        prompts = [prompt for task in tasks for prompt in task.dataset("held_out", 2, 0)["prompt"]]
+    from lorakit.demo.app import serve as show
+    from lorakit.demo.stage import Stage
+
+    assert base is not None and bank is not None
+    with Stage.open(base, bank, prompts=prompts) as stage:
+        show(stage, host=host, port=port)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A recipe's YAML file.", show_default=False)],
     set_: Annotated[

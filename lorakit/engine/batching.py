@@ -597,10 +597,15 @@ class Processor(ContinuousBatchProcessor):
 
 
 class SharedProcessor(Processor):
-    """The batch processor of one of several processes, which are told by the first what happens before every step."""
+    """The batch processor of one of several processes, which are told by the first what happens before every step.
+
+    Attributes:
+        has_told: whether it, or another, has failed, and all of them know.
+    """
 
     scheduler: SharedScheduler
     chooser: Leader | Follower
+    has_told = False
 
     def serve(self, model: MultiLoraModel, chooser: Chooser) -> None:
         """Puts our parts in."""
@@ -616,13 +621,30 @@ class SharedProcessor(Processor):
         status.update_with_tp_status(stop)
         if stop == BackgroundThreadStatus.HARD_STOP:
             return True
-        if size:
-            orders = helper.tp_broadcast_object_from_rank_0(orders)
-            if isinstance(chooser, Follower):
-                self.scheduler.end(orders.ended)
-            for job in chooser.carry_out(orders):
-                self.scheduler.add_waiting_request(State.of(job))
-        return False
+        if not size:
+            return False
+        orders, failed = helper.tp_broadcast_object_from_rank_0(orders), None
+        try:
+            self._carry_out(orders)
+        # An adapter may be missing in one process alone.
+        except Exception as error:  # noqa: BLE001 - raised below, when all know of it
+            failed = error
+        # No process may begin a forward that another does not: it would wait for it without end.
+        anywhere, stop, _ = helper.tp_all_reduce_state(
+            payload_size=int(failed is not None), stop_status=status.local_status
+        )
+        status.update_with_tp_status(stop)
+        if anywhere:
+            self.has_told = True
+            raise failed or _other_failed()
+        hard: bool = stop == BackgroundThreadStatus.HARD_STOP
+        return hard
+
+    def _carry_out(self, orders: Orders) -> None:
+        if isinstance(self.chooser, Follower):
+            self.scheduler.end(orders.ended)
+        for job in self.chooser.carry_out(orders):
+            self.scheduler.add_waiting_request(State.of(job))
 
     def _orders(self, leader: Leader) -> Orders:
         assert self.input_queue is not None and self.cancel_queue is not None
@@ -631,6 +653,10 @@ class SharedProcessor(Processor):
         ended = leader.ended(new, drain_queue(self.cancel_queue), [*running.values(), *joining.values()])
         self.scheduler.end(ended)
         return leader.orders(ended, *self.scheduler.jobs(), self.scheduler.max_requests_per_batch)
+
+
+def _other_failed() -> EngineError:
+    return EngineError("another of the processes that share the base has failed; its log says why.")
 
 
 class _Awake(threading.Event):
@@ -826,7 +852,7 @@ class Batching(ContinuousBatchingManager):
         except BaseException as error:  # noqa: BLE001
             self._tell(error)
         if isinstance(self._chooser, Leader) and not self._halted:
-            self._tell(EngineError("another of the processes that share the base has failed; its log says why."))
+            self._tell(_other_failed())
 
     def _tell(self, error: BaseException) -> None:
         crashed, self._crashed = self._crashed, None
@@ -835,4 +861,9 @@ class Batching(ContinuousBatchingManager):
 
     def _handle_critical_error(self, error: Exception, batch_processor: ContinuousBatchProcessor | None) -> None:
         self._tell(error)
+        if isinstance(batch_processor, SharedProcessor) and batch_processor.has_told:
+            # All but the telling, for which nobody waits any more.
+            self._fail_all_remaining_requests(error, batch_processor)
+            self.background_thread_status.record_fatal_error(error)
+            return
         super()._handle_critical_error(error, batch_processor)
