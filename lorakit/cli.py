@@ -14,7 +14,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lorakit.console import bar, human_bytes, make_console, table
+from lorakit.adapters.sizes import human_bytes
+from lorakit.console import bar, make_console, table
 from lorakit.errors import BaseModelNotFoundError, ConfigError, LorakitError, UnsupportedMethodError
 
 app = typer.Typer(
