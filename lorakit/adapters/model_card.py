@@ -71,7 +71,7 @@ def write_card(facts: Facts, existing: str | None = None) -> str:
         data.base_model = facts.base
         data["base_model_relation"] = "adapter"
     data.library_name = data.library_name or "lorakit"
-    architecture = str(facts.index.fingerprint.get("architecture"))
+    architecture = str(facts.index.fingerprint.get("architecture") or "")
     if architecture.endswith("ForCausalLM"):
         data.pipeline_tag = data.pipeline_tag or "text-generation"
     methods = sorted({entry.method for entry in facts.index.adapters.values()})
@@ -88,7 +88,7 @@ def write_card(facts: Facts, existing: str | None = None) -> str:
 def _text(facts: Facts, architecture: str) -> str:
     adapters = list(facts.index.adapters.values())
     name = facts.repo_id.split("/")[-1]
-    base = f"`{facts.base}`" if facts.base else f"one base model, a `{architecture}`"
+    base = f"`{facts.base}`" if facts.base else f"one base model{f', a `{architecture}`' if architecture else ''}"
     count = "1 PEFT adapter" if len(adapters) == 1 else f"{len(adapters)} PEFT adapters"
     parts = [
         f"# {name}",
@@ -97,7 +97,7 @@ def _text(facts: Facts, architecture: str) -> str:
     ]
     if adapters:
         parts += ["## Use", _example(facts, architecture)]
-        if facts.has_peft:
+        if facts.has_peft and architecture:
             parts += [f"With PEFT alone, one of them:\n\n{_peft_example(facts, architecture)}"]
     return "\n\n".join(part for part in parts if part)
 

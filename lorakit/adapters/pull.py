@@ -82,7 +82,7 @@ def pull(repo_id: str, revision: str | None, adapters: Iterable[str] | None, tok
             no list.
         BankCorruptedError: what came is not what the index says.
     """
-    snapshot, index = pull_index(repo_id, revision, token)
+    snapshot, index = _index(repo_id, revision, token)
     wanted = index if adapters is None else index.only(adapters, f"bank {repo_id!r}")
     commit = _Commit(repo_id, snapshot.name, index, token)
     if adapters is None:
@@ -94,15 +94,18 @@ def pull(repo_id: str, revision: str | None, adapters: Iterable[str] | None, tok
     return PulledFolder(snapshot, wanted, repo_id)
 
 
-def pull_index(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, Index]:
-    """Brings a bank's index here, and nothing else.
-
-    Returns:
-        The commit's folder in huggingface_hub's cache, and the index.
+def look(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> PulledFolder:
+    """Brings a bank's index here; its adapters can be listed, not read.
 
     Raises:
         HubError, BankError: as `pull`.
     """
+    snapshot, index = _index(repo_id, revision, token)
+    return PulledFolder(snapshot, index, repo_id)
+
+
+def _index(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, Index]:
+    """The commit's folder in huggingface_hub's cache, and the bank's index."""
     with asking(repo_id, revision):
         try:
             path = Path(hf_hub_download(repo_id, INDEX_NAME, revision=revision, token=token, **library()))
@@ -145,7 +148,7 @@ class _Commit:
         self._index = index
         self._token = token
         home = Path(constants.HF_ASSETS_CACHE, "lorakit", repo_id.replace("/", "--"), "default")
-        with suppress(OSError):  # where nothing can be written, perhaps nothing must be
+        with suppress(OSError, ValueError):  # where nothing can be written, perhaps nothing must be
             home = cached_assets_path("lorakit", namespace=repo_id, assets_dir=constants.HF_ASSETS_CACHE)
         self.folder = home / commit
         # Beside the folder: there while a whole bank is fetched, until it was compared with its hashes.
@@ -179,8 +182,15 @@ class _Commit:
                 **library(),
             )
             if missing := self._missing(snapshot, self._index.shards):
+                # Without a network, what is there is given; to ask for the one that is not says why it is not.
+                try:
+                    hf_hub_download(self._repo_id, missing[0], revision=self._commit, token=self._token, **library())
+                except LocalEntryNotFoundError:
+                    raise
+                except EntryNotFoundError as error:
+                    raise self._wrong(f"the repository has no {missing[0]}") from error
                 _drop(snapshot / missing[0])
-                raise self._wrong(f"shard {missing[0]} is missing, or has another size than the index says")
+                raise self._wrong(f"{missing[0]} has another size than the index says")
             self._compare(snapshot)
             self._unverified.unlink()
 
