@@ -116,5 +116,7 @@ def translated(error: Exception, repo_id: str, revision: str | None = None) -> H
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """What the server says, or else the client."""
+    text = (error.server_message if isinstance(error, HfHubHTTPError) else None) or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")

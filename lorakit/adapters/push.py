@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
@@ -264,7 +264,7 @@ def published(index: Index, base: str | None) -> Index:
         name: replace(
             entry,
             config=config_of(entry),
-            source=PurePath(entry.source).name if _is_elsewhere(entry.source) else entry.source,
+            source=PureWindowsPath(entry.source).name if _is_elsewhere(entry.source) else entry.source,
         )
         for name, entry in index.adapters.items()
     }
