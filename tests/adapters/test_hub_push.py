@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -188,7 +189,6 @@ def test_after_an_error_a_push_goes_on(hub, bank, fault):
     bank.add_forms([("e", lora_form(5), "")])
     hub.calm()
     oid = {name: (bank.path / bank[name].shard).read_bytes() for name in "de"}
-    import hashlib
 
     e = hashlib.sha256(oid["e"]).hexdigest()
     hub.fail(f"PUT /lfs/{e}", **fault, times=100)
