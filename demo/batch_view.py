@@ -7,7 +7,7 @@ import time
 from html import escape
 from typing import NamedTuple
 
-from lorakit.console import human_bytes
+from lorakit.adapters.sizes import human_bytes
 from lorakit.engine.stats import EngineStats, Tier
 
 from .stage import BASE, Stage

@@ -15,7 +15,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lorakit import tenants as tenants_command
-from lorakit.console import bar, human_bytes, make_console, table
+from lorakit.adapters.sizes import human_bytes
+from lorakit.console import bar, make_console, table
 from lorakit.errors import BaseModelNotFoundError, ConfigError, LorakitError, UnsupportedMethodError
 
 app = typer.Typer(
@@ -32,6 +33,10 @@ _MOST_ADAPTERS = 64  # that answer a prompt when none is named
 _SHORTEST_KEY = 16
 
 Bank = Annotated[Path, typer.Argument(help="The bank's folder.", show_default=False)]
+Source = Annotated[str, typer.Argument(metavar="BANK", help="The bank: a folder or a Hub id.", show_default=False)]
+Revision = Annotated[
+    str | None, typer.Option(help="Of a bank on the Hub: a branch, a tag or a commit.", show_default=False)
+]
 Base = Annotated[
     str | None,
     typer.Option("--base", "-b", help="The base model: a folder or a Hub id. By default the one that is recorded."),
@@ -81,16 +86,16 @@ def export(
 
 @app.command()
 def inspect(
-    bank: Bank,
+    bank: Source,
     adapter: Annotated[str | None, typer.Argument(help="Show one adapter's modules.", show_default=False)] = None,
+    revision: Revision = None,
 ) -> None:
     """Show what a bank holds; only its index is read."""
-    from lorakit.adapters.bank import AdapterBank
     from lorakit.adapters.quantised import in_words
 
-    opened = AdapterBank.open(bank)
+    opened = _look(bank, revision)
     if adapter is None:
-        _show(opened)
+        _show(opened, bank)
         return
     entry = opened[adapter]
     columns = ["module", "kind", "in", "out", "rank", "scale"]
@@ -106,13 +111,14 @@ def inspect(
 
 @app.command()
 def verify(
-    bank: Bank,
+    bank: Source,
     adapters: Annotated[list[str] | None, typer.Argument(help="Only these.", show_default=False)] = None,
+    revision: Revision = None,
 ) -> None:
     """Read a bank whole and compare it with its index: sizes, hashes, finite weights."""
     from lorakit.adapters.bank import AdapterBank
 
-    opened = AdapterBank.open(bank)
+    opened = AdapterBank.from_pretrained(bank, revision=revision, adapters=adapters or None)
     with bar("verify", len(adapters or opened.names)) as step:
         opened.verify(adapters or None, progress=step)
     make_console().print(f"{len(adapters or opened.names)} adapters are sound.")
@@ -166,21 +172,82 @@ def merge(
 
 @app.command("export-peft")
 def export_peft(
-    bank: Bank,
+    bank: Source,
     adapter: Annotated[str, typer.Argument(show_default=False)],
     out: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
     base: Base = None,
+    revision: Revision = None,
 ) -> None:
     """Write an adapter of a bank back as a PEFT checkpoint."""
     from lorakit.adapters.bank import AdapterBank
 
-    written = AdapterBank.open(bank).export_peft(adapter, out, base_model=base)
+    opened = AdapterBank.from_pretrained(bank, revision=revision, adapters=[adapter])
+    written = opened.export_peft(adapter, out, base_model=base)
     make_console().print(f"wrote {written}", markup=False)
 
 
 @app.command()
-def generate(
+def push(
     bank: Bank,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="As user/bank; made if new.", show_default=False)],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="A new repository's; by default as its owner's are.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; by default main.", show_default=False)] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="The commit's.", show_default=False)] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    include_peft: Annotated[
+        bool | None,
+        typer.Option("--include-peft/--no-peft", help="PEFT folders too; by default if the repository has them."),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base", "-b", help="The base's Hub id, for the card; by default the one that is recorded."),
+    ] = None,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter's score, for the card, as NAME=VALUE; repeat it.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Take away adapters that this bank lacks.")] = False,
+) -> None:
+    """Push a bank to the Hub, with a model card."""
+    from lorakit.adapters.bank import AdapterBank
+
+    commit = AdapterBank.open(bank).push_to_hub(
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=message,
+        create_pr=create_pr,
+        include_peft=include_peft,
+        overwrite=overwrite,
+        base_model=base_model,
+        scores=_scores(score or []),
+    )
+    make_console().print(commit.pr_url or commit.commit_url, markup=False, soft_wrap=True)
+
+
+@app.command()
+def pull(
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="The bank's Hub id.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "-a", help="Only this one; repeat it for more.", show_default=False),
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Copy a bank of the Hub, or some of its adapters, into a folder where it can be changed."""
+    from lorakit.adapters.bank import AdapterBank
+    from lorakit.adapters.folder import check_free
+
+    check_free(folder, overwrite=False)
+    _show(AdapterBank.from_pretrained(repo_id, revision=revision, adapters=adapter or None).copy(folder))
+
+
+@app.command()
+def generate(
+    bank: Source,
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
     adapter: Annotated[
         list[str] | None,
@@ -191,6 +258,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    revision: Revision = None,
 ) -> None:
     """Answer prompts by several adapters in one batch: every prompt by every adapter."""
     import torch
@@ -204,7 +272,7 @@ def generate(
         raise ConfigError("a prompt is empty; write what shall be answered.")
     if not math.isfinite(temperature):
         raise ConfigError(f"--temperature is {temperature}; give a finite number of at least 0.")
-    opened = AdapterBank.open(bank)
+    opened = _look(bank, revision)
     if not adapter and len(opened) > _MOST_ADAPTERS:
         raise ConfigError(f"the bank {bank} holds {len(opened)} adapters; name some of them with --adapter.")
     names: list[str | None] = [*(adapter or opened.names)]
@@ -219,6 +287,7 @@ def generate(
     disable_progress_bar()
     with make_console(stderr=True).status("loading the base model"):
         tokenizer = _tokenizer(source)
+        opened = AdapterBank.from_pretrained(bank, revision=revision, adapters={*adapter} if adapter else None)
         model = MultiLoraModel.from_pretrained(source, opened).to(device)
     if not model.model.can_generate():
         raise UnsupportedMethodError(
@@ -246,7 +315,7 @@ def generate(
 @app.command()
 def serve(
     base: Annotated[str, typer.Argument(help="The base model: a folder or a Hub id.", show_default=False)],
-    bank: Annotated[Path, typer.Option("--bank", help="The bank's folder.", show_default=False)],
+    bank: Annotated[str, typer.Option("--bank", help="The bank: a folder or a Hub id.", show_default=False)],
     name: Annotated[
         str | None, typer.Option(help="The base's name for clients; by default its Hub id, or its folder's name.")
     ] = None,
@@ -280,10 +349,10 @@ def serve(
     ] = None,
     adapter_hub: Annotated[bool, typer.Option("--adapter-hub", help="Adapters may be loaded from the Hub.")] = False,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    revision: Revision = None,
 ) -> None:
     """Serve a bank over HTTP, by OpenAI's routes."""
     _need_server()
-    from lorakit.adapters.bank import AdapterBank
     from lorakit.adapters.dtypes import WEIGHT_NAMES
     from lorakit.engine.config import EngineConfig
     from lorakit.server.serve import Settings
@@ -297,11 +366,12 @@ def serve(
         raise ConfigError(f"the administrator's key is shorter than {_SHORTEST_KEY} characters; make a longer one.")
     if admin_key is None and (adapter_root or adapter_hub):
         raise ConfigError("--adapter-root and --adapter-hub are the administrator's; set LORAKIT_ADMIN_KEY.")
-    AdapterBank.open(bank)  # refuses a folder that is none before anything is loaded
+    _look(bank, revision)  # refuses what is no bank before anything is loaded
     run(
         Settings(
             base,
-            str(bank),
+            bank,
+            revision=revision,
             name=name,
             host=host,
             port=port,
@@ -458,6 +528,33 @@ def _weights(items: list[str]) -> dict[str, float]:
     return weights
 
 
+def _scores(items: list[str]) -> dict[str, str]:
+    """NAME=VALUE → name → value."""
+    scores: dict[str, str] = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        if name in scores:
+            raise ConfigError(f"adapter {name!r} has two scores; give it one.")
+        if not value:
+            raise ConfigError(f"--score {item!r} is no NAME=VALUE, such as sql=0.93.")
+        scores[name] = value
+    return scores
+
+
+def _look(bank: str, revision: str | None) -> Any:
+    """A bank whose index is read, and nothing else."""
+    from lorakit.adapters.bank import AdapterBank
+
+    if not Path(bank).exists():
+        from lorakit.adapters.hub import is_repo_id
+
+        if is_repo_id(bank):
+            from lorakit.adapters.pull import look
+
+            return AdapterBank(look(bank, revision))
+    return AdapterBank.from_pretrained(bank, revision=revision)
+
+
 def _dtype(name: str | None) -> Any:
     if name is None:
         return None
@@ -480,7 +577,7 @@ def _tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def _show(bank: Any) -> None:
+def _show(bank: Any, name: str | None = None) -> None:
     info = bank.info()
     approximated = any(entry.svd_errors for entry in info.adapters)
     rows = []
@@ -494,7 +591,7 @@ def _show(bank: Any) -> None:
     base = Path(info.base_id)
     if base.is_absolute() and base.is_relative_to(Path.cwd()):
         base = base.relative_to(Path.cwd())
-    title = f"{info.path}: {len(rows)} adapters of {base}, {human_bytes(info.nbytes)}{dead}"
+    title = f"{name or info.path}: {len(rows)} adapters of {base}, {human_bytes(info.nbytes)}{dead}"
     columns = ["adapter", "method", "rank", "modules", "dtype", "size", "source", *(["error"] if approximated else [])]
     make_console().print(table(title, columns, rows))
 

@@ -30,15 +30,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     return result
 
 
-def human_bytes(count: float) -> str:
-    """A size for people: 1,234,567 → "1.2 MB" (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 @contextmanager
 def bar(title: str, total: int | None) -> Iterator[Step]:
     """A progress bar on standard error, where that is a terminal.

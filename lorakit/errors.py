@@ -66,6 +66,18 @@ class BankCorruptedError(BankError):
     """Bytes of a bank are not what its index says."""
 
 
+class HubError(LorakitError, OSError):
+    """The Hub cannot be reached, is busy, or did not give or take what was asked for."""
+
+
+class HubNotFoundError(HubError, LookupError):
+    """The Hub has no such repository or revision, or does not show it to this token."""
+
+
+class HubAccessError(HubError, PermissionError):
+    """The Hub refuses: a gated repository, or a token that may not do this."""
+
+
 class ConfigError(LorakitError, ValueError):
     """A recipe's configuration, an argument or an option has an unknown name or a value that cannot be."""
 

@@ -402,7 +402,7 @@ def test_a_damaged_shard(refused, lorakit_, place):
     assert "is damaged" in sentence and "Restore the shards" in sentence
     assert lorakit_("inspect", "bank").code == 0
     shard.unlink()
-    assert "restore" in refused("export-peft", "bank", "sql", "out") and not (place / "out").exists()
+    assert "Restore" in refused("export-peft", "bank", "sql", "out") and not (place / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,20 @@ from torch import nn
 
 from lorakit.adapters.damage import WRONG_HASH, Damage, damages
 from lorakit.adapters.entry import AdapterEntry
-from lorakit.adapters.folder import BankFolder
+from lorakit.adapters.files import copy_file
+from lorakit.adapters.folder import BankFolder, FixedFolder
 from lorakit.adapters.form import AdapterForm
 from lorakit.adapters.index import Index
 from lorakit.adapters.layout import Extent
 from lorakit.adapters.names import check_name, not_found
 from lorakit.adapters.packing import blocks, cut
-from lorakit.adapters.shard import Progress, ShardFacts, ShardSeries
+from lorakit.adapters.shard import Progress, ShardFacts, ShardSeries, check_size
 from lorakit.adapters.sharing import Sharing
-from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedError, BankError
+from lorakit.errors import AdapterExistsError, AdapterNameError, BankCorruptedError, BankError, ConfigError
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from lorakit.adapters.base import BaseModel
     from lorakit.adapters.peft_reader import Source
 
@@ -129,13 +132,48 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         return cls(BankFolder.open(Path(path)))
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str]) -> AdapterBank:
-        """Opens a bank by its folder.
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        adapters: Iterable[str] | None = None,
+        token: str | bool | None = None,
+    ) -> AdapterBank:
+        """Opens a bank by its folder, or by its repository on the Hub.
+
+        A repository's bank is kept in huggingface_hub's cache, and opens without a network from then on. It does not
+        change, neither here nor by what is pushed later: `copy` gives one that can be changed.
+
+        Args:
+            path_or_id: a folder, or a Hub id where no such folder is.
+            revision: of a repository: a branch, a tag or a commit; None: main.
+            adapters: the only adapters to open; of a repository, only their byte ranges are fetched. Such a bank does
+                not change. None: all.
+            token: for a private or gated repository; None: the one that `hf auth login` saved, or HF_TOKEN.
 
         Raises:
-            BankError: as `open`.
+            BankError: as `open`; or the repository holds no bank.
+            HubError, HubNotFoundError, HubAccessError: the Hub cannot be reached, does not have it, or refuses.
+            BankCorruptedError: what the Hub gave is not what the index says.
+            AdapterNotFoundError: `adapters` names one that is not there.
+            AdapterNameError, ConfigError: `adapters` names one twice, or is no list of names.
         """
-        return cls.open(path_or_id)
+        named = str(path_or_id)
+        # Only here: opening a folder should not wait for huggingface_hub.
+        if isinstance(path_or_id, str) and not Path(named).exists():
+            from lorakit.adapters.hub import is_repo_id
+
+            if is_repo_id(named):
+                from lorakit.adapters.pull import pull
+
+                return cls(pull(named, revision, adapters, token))
+        if revision is not None:
+            raise ConfigError(f"revision={revision!r} is for a bank on the Hub, and {named!r} is none: leave it out.")
+        bank = cls.open(path_or_id)
+        if adapters is None:
+            return bank
+        return cls(FixedFolder(bank.path, bank._folder.index.only(adapters, f"bank {named!r}")))
 
     @property
     def path(self) -> Path:
@@ -179,11 +217,11 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         """
         entry = self._folder.index.adapters.get(name)
         if entry is None:
-            raise not_found(name, self._folder.index.adapters, f"bank {str(self.path)!r}")
+            raise not_found(name, self._folder.index.adapters, f"bank {self._folder.label!r}")
         return entry
 
     def __repr__(self) -> str:
-        return f"AdapterBank({str(self.path)!r}, base_id={self.base_id!r}, adapters={len(self)})"
+        return f"AdapterBank({self._folder.label!r}, base_id={self.base_id!r}, adapters={len(self)})"
 
     def reload(self) -> None:
         """Reads the index again, to see what other processes changed.
@@ -278,8 +316,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
 
     def _damaged(self, entry: AdapterEntry, reason: str) -> BankCorruptedError:
         return BankCorruptedError(
-            f"bank {str(self.path)!r}: {Damage(entry.shard, entry.name, reason)}. If another process changed the bank, "
-            "open it again; otherwise restore the file from a copy, or add the adapter again with overwrite=True."
+            f"bank {self._folder.label!r}: {Damage(entry.shard, entry.name, reason)}. {self._folder.remedy}"
         )
 
     def damages(self, names: Iterable[str] | None = None, progress: Progress | None = None) -> list[Damage]:
@@ -312,10 +349,7 @@ class AdapterBank(Mapping[str, AdapterEntry]):
         found = self.damages(names, progress)
         if found:
             listed = "; ".join(map(str, found[:20])) + (f"; and {len(found) - 20} more" if len(found) > 20 else "")
-            raise BankCorruptedError(
-                f"bank {str(self.path)!r} is damaged: {listed}. Restore the shards from a copy, or add these adapters "
-                "again with overwrite=True."
-            )
+            raise BankCorruptedError(f"bank {self._folder.label!r} is damaged: {listed}. {self._folder.remedy}")
 
     # Writing
 
@@ -528,24 +562,121 @@ class AdapterBank(Mapping[str, AdapterEntry]):
             BankError: the bank's index is damaged, or the folder cannot be written.
         """
         with self._folder.changing() as index:
-            live = index.live_nbytes()
-            partly = {name for name, facts in index.shards.items() if live[name] < facts.payload_nbytes}
-            moved = [entry for entry in index.adapters.values() if entry.shard in partly]
-            moved.sort(key=lambda entry: (entry.shard, entry.offset))
-            longest = max((len(entry.name) for entry in moved), default=0)
-            with ShardSeries(self.path, index.next_shard, progress=progress) as series:
-                for count, entry in enumerate(moved, start=1):
-                    buffer = self._read(entry, entry.stored_nbytes)
-                    series.add(entry, cut(buffer), len(moved) - count, longest)
-                new, shards = series.finish()
-                for entry in new:
-                    old = index.adapters[entry.name]
-                    if entry.blake3 != old.blake3:
-                        raise self._damaged(old, WRONG_HASH)
-                if new:
-                    adapters = {**index.adapters, **{entry.name: entry for entry in new}}
-                    self._folder.replace_index(index.changed(adapters, shards))
+            _, moved = _by_wholeness(index)
+            new, shards = self._rewrite(self.path, index, moved, progress)
+            if new:
+                adapters = {**index.adapters, **{entry.name: entry for entry in new}}
+                self._folder.replace_index(index.changed(adapters, shards))
         return _file_bytes(index.shards) - _file_bytes(self._folder.index.shards)
+
+    def _rewrite(
+        self, path: Path, index: Index, moved: Sequence[AdapterEntry], progress: Progress | None
+    ) -> tuple[list[AdapterEntry], dict[str, ShardFacts]]:
+        """Writes adapters once more, into new shards in a folder; what `ShardSeries.finish` gives."""
+        longest = max((len(entry.name) for entry in moved), default=0)
+        with ShardSeries(path, index.next_shard, progress=progress) as series:
+            for count, entry in enumerate(moved, start=1):
+                buffer = self._read(entry, entry.stored_nbytes)
+                series.add(entry, cut(buffer), len(moved) - count, longest)
+            new, shards = series.finish()
+        for entry in new:
+            old = index.adapters[entry.name]
+            if entry.blake3 != old.blake3:
+                raise self._damaged(old, WRONG_HASH)
+        return new, shards
+
+    def copy(self, path: str | os.PathLike[str], progress: Progress | None = None) -> AdapterBank:
+        """Copies the bank into a folder of its own, where it can be changed. It appears in one step.
+
+        Shards are copied as they are, so that a push knows them again; of those that hold removed adapters, or some
+        that this bank does not name, only its own adapters.
+
+        Args:
+            path: a folder that is empty or not there yet.
+            progress: called for each adapter that is not copied with its whole shard.
+
+        Returns:
+            The copy.
+
+        Raises:
+            BankCorruptedError: a shard is missing or too short; nothing is left behind.
+            BankError: the folder holds something already, or cannot be written.
+        """
+        index = self._folder.index
+        with BankFolder.founding(Path(path), index.changed({})) as folder:
+            whole, moved = _by_wholeness(index)
+            for shard in whole:
+                try:
+                    check_size(self.path / shard, index.shards[shard].nbytes)
+                except BankCorruptedError as error:
+                    damage = Damage(shard, None, str(error))
+                    raise BankCorruptedError(f"bank {self._folder.label!r}: {damage}. {self._folder.remedy}") from error
+                copy_file(self.path / shard, folder.path / shard)
+            new, shards = self._rewrite(folder.path, index, moved, progress)
+            adapters = {**index.adapters, **{entry.name: entry for entry in new}}
+            folder.replace_index(index.changed(adapters, shards))
+        return AdapterBank(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        include_peft: bool | None = None,
+        overwrite: bool = False,
+        base_model: str | None = None,
+        scores: Mapping[str, float | str] | None = None,
+    ) -> CommitInfo:
+        """Pushes the bank to a repository on the Hub, in one commit, with a model card.
+
+        What the repository holds already is not uploaded again; after an error, push again. Removed adapters are not
+        published: the bank is compacted first. Nor are paths of this machine.
+
+        Args:
+            repo_id: the repository, as "user/bank"; made if there is none.
+            private: whether a new repository is private; None: as its owner's are.
+            revision: the branch, made if there is none; None: main.
+            commit_message: the commit's first line.
+            token: None: the one that `hf auth login` saved, or HF_TOKEN.
+            create_pr: open a pull request with the commit.
+            include_peft: also an `adapters/NAME` for each adapter, which PEFT reads as its `subfolder`. None: if the
+                repository has them.
+            overwrite: take away adapters that are there and not in this bank, or replace a bank of another base.
+            base_model: the base's Hub id, for the card and for who pulls the bank; None: the bank's own `base_id`, if
+                the Hub knows it.
+            scores: name → a score, for the card.
+
+        Returns:
+            The commit, as huggingface_hub tells of it; the last one if there was nothing to push.
+
+        Raises:
+            HubError, HubNotFoundError, HubAccessError: the Hub cannot be reached or refuses.
+            AdapterExistsError: adapters are there that this bank lacks, without `overwrite`.
+            BaseModelMismatchError: a bank of another base is there, without `overwrite`; or as `export_peft`.
+            ConfigError: repo_id or base_model is no id.
+            AdapterNotFoundError: `scores` names an adapter that is not there.
+            BankError: the bank cannot be read or compacted, or the repository's card has metadata that cannot be read.
+        """
+        # Only here, as in `from_pretrained`.
+        from lorakit.adapters.push import Target, push
+
+        target = Target(
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+            create_pr=create_pr,
+            include_peft=include_peft,
+            overwrite=overwrite,
+            base_model=base_model,
+            scores=scores,
+        )
+        return push(self, self._folder, target)
 
     def export_peft(
         self,
@@ -589,8 +720,16 @@ class AdapterBank(Mapping[str, AdapterEntry]):
 
         architecture = str(self.fingerprint.get("architecture") or "") or None
         base = BaseModel.of(self.base_id if base_model is None else base_model, architecture=architecture)
-        fingerprint.check(base, self.fingerprint, owner=f"the bank {str(self.path)!r}")
+        fingerprint.check(base, self.fingerprint, owner=f"the bank {self._folder.label!r}")
         return base
+
+
+def _by_wholeness(index: Index) -> tuple[list[str], list[AdapterEntry]]:
+    """The shards that hold nothing but the index's adapters; and the adapters of the others, as they lie."""
+    live = index.live_nbytes()
+    whole = [name for name, facts in index.shards.items() if live[name] == facts.payload_nbytes]
+    others = [entry for entry in index.adapters.values() if entry.shard not in whole]
+    return whole, sorted(others, key=lambda entry: (entry.shard, entry.offset))
 
 
 def _check_new(name: str, taken: set[str], index: Index | None, overwrite: bool) -> None:

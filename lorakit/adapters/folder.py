@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from filelock import FileLock, Timeout
@@ -70,13 +71,13 @@ class BankFolder:
                 # Once more: another process may have been faster.
                 check_free(path, overwrite)
                 if (path / INDEX_NAME).is_file():
-                    folder.index = replace(index, next_shard=_load_index(path).next_shard)
+                    folder.index = replace(index, next_shard=load_index(path).next_shard)
                 try:
                     yield folder
                 finally:
                     # The disk, not this object, says what is true.
                     with suppress(OSError, BankError):
-                        folder.index = _load_index(path) if (path / INDEX_NAME).is_file() else index
+                        folder.index = load_index(path) if (path / INDEX_NAME).is_file() else index
                         folder._sweep()
         except BaseException:
             if path in made and not (path / INDEX_NAME).exists():
@@ -93,7 +94,20 @@ class BankFolder:
         Raises:
             BankError: there is no bank, its index is damaged, or it was written by a newer lorakit.
         """
-        return cls(path, _load_index(path))
+        return cls(path, load_index(path))
+
+    @property
+    def label(self) -> str:
+        """The bank's name in messages."""
+        return str(self.path)
+
+    @property
+    def remedy(self) -> str:
+        """What to do where its files are not what its index says."""
+        return (
+            "Restore the shards from a copy, or add the adapters again with overwrite=True. If another process changed "
+            "the bank, open it again first."
+        )
 
     def reload(self) -> None:
         """Reads the index again.
@@ -101,7 +115,7 @@ class BankFolder:
         Raises:
             BankError: as `open`.
         """
-        self.index = _load_index(self.path)
+        self.index = load_index(self.path)
 
     def read(self, entry: AdapterEntry, nbytes: int) -> torch.Tensor:
         """The first bytes of an adapter's range, in fresh memory.
@@ -210,12 +224,34 @@ def _is_unfinished(name: str) -> bool:
     return name != whole and (whole == INDEX_NAME or shard_number(whole) is not None)
 
 
+class FixedFolder(BankFolder):
+    """A bank's files seen by an index that stays as it is: some of its adapters, or as it was at one time."""
+
+    def reload(self) -> None:
+        """Nothing is newer."""
+
+    def changing(self) -> NoReturn:
+        """Refuses.
+
+        Raises:
+            BankError: always.
+        """
+        raise BankError(
+            f"the bank {self.label!r} cannot be changed here: copy it with bank.copy(folder), and change the copy."
+        )
+
+
 def _no_bank(folder: Path) -> BankError:
     problem = "is no bank: it has no bank.json" if folder.is_dir() else "is no folder"
     return BankError(f"{str(folder)!r} {problem}. Check the path, or make a bank with lorakit.export.")
 
 
-def _load_index(folder: Path) -> Index:
+def load_index(folder: Path) -> Index:
+    """Reads a folder's index, and nothing else.
+
+    Raises:
+        BankError: there is no bank, its index is damaged, or it was written by a newer lorakit.
+    """
     path = folder / INDEX_NAME
     if not path.is_file():
         raise _no_bank(folder)

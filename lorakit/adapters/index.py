@@ -20,9 +20,9 @@ from lorakit.adapters.dtypes import DTYPES, WEIGHT_DTYPES, dtype_name
 from lorakit.adapters.entry import AdapterEntry, ExtraTensor
 from lorakit.adapters.fields import LIMIT, Fields, compact_json, content_key
 from lorakit.adapters.layout import Layout
-from lorakit.adapters.names import is_name
+from lorakit.adapters.names import is_name, not_found
 from lorakit.adapters.shard import ShardFacts, shard_number
-from lorakit.errors import BankError
+from lorakit.errors import AdapterNameError, BankError, ConfigError
 
 FORMAT_VERSION = 3
 """3: adapters are hashed by BLAKE3, and may bring whole weights; 2: B lies transposed. There are no older banks outside
@@ -81,6 +81,29 @@ class Index:
             shards={name: facts for name, facts in known.items() if name in used},
             adapters=dict(adapters),
         )
+
+    def only(self, adapters: Iterable[str], where: str) -> Index:
+        """The index of some of its adapters, in the order added.
+
+        Args:
+            adapters: their names.
+            where: the bank, for messages, as "bank 'tenants'".
+
+        Raises:
+            AdapterNotFoundError: no such adapter.
+            AdapterNameError: a name comes twice.
+            ConfigError: it is no list of names.
+        """
+        if isinstance(adapters, str) or not isinstance(adapters, Iterable):
+            raise ConfigError(f"adapters is {adapters!r}; give a list of names, or None for all.")
+        names = set()
+        for name in adapters:
+            if not isinstance(name, str) or name not in self.adapters:
+                raise not_found(name, self.adapters, where)
+            if name in names:
+                raise AdapterNameError(f"adapter {name!r} comes twice: name each adapter once.")
+            names.add(name)
+        return self.changed({name: entry for name, entry in self.adapters.items() if name in names})
 
     def dump(self) -> bytes:
         """The contents of bank.json: one line a module of a layout, one line an adapter."""

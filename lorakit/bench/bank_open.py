@@ -18,8 +18,9 @@ import torch
 from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.folder import INDEX_NAME
 from lorakit.adapters.form import AdapterForm, ModuleForm
+from lorakit.adapters.sizes import human_bytes
 from lorakit.bench.harness import save, show, statistics_of
-from lorakit.console import bar, human_bytes
+from lorakit.console import bar
 
 ADAPTERS, LAYERS, RANK, WIDTH, REPEATS = 1000, 32, 16, 64, 7
 _MODULES = (

@@ -156,7 +156,7 @@ class MultiLoraModel(nn.Module):
 
         Args:
             model: the base, loaded (and quantised, compiled, placed) as you like.
-            bank: an open bank or its folder; its adapters are loaded to the device when first used.
+            bank: an open bank, its folder or its Hub id; its adapters are loaded to the device when first used.
             adapter_dtype: dtype of A and B on the device. None: as stored, which gives PEFT's outputs; where PEFT
                 saved fp32 (its default), the dtype of a 16-bit base halves their bytes and rounds them.
             adapter_memory: bytes that resident adapters may take on the device; None: no limit. When it is full, the
@@ -221,7 +221,7 @@ class MultiLoraModel(nn.Module):
 
         Args:
             base: a folder or a Hub id.
-            bank: an open bank or its folder.
+            bank: an open bank, its folder or its Hub id.
             adapter_dtype: see `MultiLoraModel`.
             adapter_memory: see `MultiLoraModel`.
             **kwargs: for the base's own `from_pretrained` (dtype, device_map, quantization_config, …).

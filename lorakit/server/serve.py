@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import uvicorn
 
+from lorakit.adapters.bank import AdapterBank
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.engine import Engine
 from lorakit.runtime.model import MultiLoraModel
@@ -36,7 +37,8 @@ class Settings:
 
     Attributes:
         base: a folder or a Hub id.
-        bank: the bank's folder.
+        bank: the bank's folder or Hub id.
+        revision: of a bank on the Hub; None: main.
         name: the base's name for clients; None: the Hub id, or the folder's own name.
         host: the address to listen at.
         port: the port; 0: any that is free.
@@ -54,6 +56,7 @@ class Settings:
 
     base: str
     bank: str
+    revision: str | None = None
     name: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -114,7 +117,8 @@ def load(settings: Settings, on_end: OnEnd) -> Served:
 
     Raises:
         BaseModelNotFoundError: there is no such base, or it has no tokenizer.
-        BankError: the folder holds no bank.
+        BankError: the folder or the repository holds no bank.
+        HubError: the Hub does not give it.
         BaseModelMismatchError: the bank was made for another base.
     """
     tokenizer = read_tokenizer(settings.base)
@@ -123,7 +127,8 @@ def load(settings: Settings, on_end: OnEnd) -> Served:
         options["attn_implementation"] = settings.attention
     if torch.cuda.is_available():
         options["device_map"] = "cuda"
-    model = MultiLoraModel.from_pretrained(settings.base, settings.bank, **options)
+    bank = AdapterBank.from_pretrained(settings.bank, revision=settings.revision)
+    model = MultiLoraModel.from_pretrained(settings.base, bank, **options)
     folder = Path(settings.base)
     name = settings.name or (folder.resolve().name if folder.is_dir() else settings.base)  # not where it lies
     decode = partial(tokenizer.decode, skip_special_tokens=True)

@@ -96,7 +96,7 @@ def test_opening_reads_the_index_only(tmp_path: Path) -> None:
         (tmp_path / "bank" / name).unlink()
     bank = AdapterBank.from_pretrained(tmp_path / "bank")
     assert bank.names == ["a", "b"] and bank["a"].rank == 4 and bank.info().live_nbytes > 0
-    with pytest.raises(BankCorruptedError, match=r"'a' in bank-0001.safetensors.*restore"):
+    with pytest.raises(BankCorruptedError, match=r"'a' in bank-0001.safetensors.*Restore"):
         bank.read("a")
     with pytest.raises(BankCorruptedError, match="cannot be read"):
         bank.read_into("a", torch.empty(bank["a"].nbytes, dtype=torch.uint8))
