@@ -34,12 +34,14 @@ class Policy:
             cache is free as then has to be.
         headroom: lightly loaded replicas to keep, those that start among them.
         headroom_share: the same as a share of the replicas; the larger one counts.
+        ask_at: from so many waiting requests on a GPU is asked for on their behalf.
         least: replicas that stay, also without requests.
         most: replicas there may be.
         linger: seconds for which an empty replica stays.
         look_every: seconds between two looks at what no request gives cause to: empty replicas that can go by now.
         consolidate_every: seconds between consolidations; None: never.
         consolidate_below: only working sets of at most this share of a batch are moved away.
+        spare: places that a consolidation leaves free in the replicas that stay, beside the headroom.
         move_tokens: the price of a move: so many tokens may be computed again to empty one replica.
         affinity: among replicas with equal working sets, prefer one that holds the adapter.
         affinity_slack: by so many requests a holder's working set may be smaller and still count as equal.
@@ -49,12 +51,14 @@ class Policy:
     light: float = 0.75
     headroom: int = 1
     headroom_share: float = 0.0
+    ask_at: int = 1
     least: int = 1
     most: int = 16
     linger: float = 0.0
     look_every: float = 1.0
     consolidate_every: float | None = 5.0
     consolidate_below: float = 0.5
+    spare: int = 0
     move_tokens: int = 16384
     affinity: bool = False
     affinity_slack: int = 0
@@ -64,7 +68,8 @@ class Policy:
         for name in ("light", "consolidate_below", "headroom_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"the policy's {name} is {getattr(self, name)!r}; give a share, 0 to 1.")
-        for name, lowest in (("headroom", 0), ("least", 0), ("most", 1), ("move_tokens", 0), ("affinity_slack", 0)):
+        lowest_of = {"headroom": 0, "ask_at": 1, "least": 0, "most": 1, "spare": 0, "move_tokens": 0, "affinity_slack": 0}
+        for name, lowest in lowest_of.items():
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
                 raise ConfigError(f"the policy's {name} is {value!r}; give a whole number of at least {lowest}.")
@@ -163,7 +168,9 @@ def scale_up(fleet: Fleet, starting: int, waiting: int, limits: Limits, policy: 
     if room <= 0:
         return 0
     owned = len(fleet) + starting
-    wanted = max(policy.headroom, math.ceil(policy.headroom_share * owned)) + -(-waiting // limits.batch)
+    wanted = max(policy.headroom, math.ceil(policy.headroom_share * owned))
+    if waiting >= policy.ask_at:
+        wanted += -(-waiting // limits.batch)
     wanted = max(wanted, policy.least - owned + starting)
     missing = wanted - starting
     if missing <= 0:
@@ -258,6 +265,9 @@ class _Rooms:
         left = len(others)
         wanted = max(self._policy.headroom, math.ceil(self._policy.headroom_share * (left + starting)))
         light = sum(map(self._is_light, others))
+        free = sum(self._limits.batch - other.size for other in others)
+        if free < self._policy.spare + (0 if room.gone else room.size):
+            return False
         return left >= self._policy.least and light + starting >= wanted
 
     def _is_light(self, room: _Room) -> bool:
@@ -281,9 +291,10 @@ class _Rooms:
             undo.append((room, room.size, room.blocks, room.ranks, room.adapters, room.given))
             self._put(request, room)
             placed.append((request, room.replica.id))
+        source.gone = True
         if len(placed) == len(requests) and self.enough_without(source, starting):
-            source.gone = True
             return placed
+        source.gone = False
         for room, *before in reversed(undo):
             self._by_size[room.size].remove(room)
             room.size, room.blocks, room.ranks, room.adapters, room.given = before
