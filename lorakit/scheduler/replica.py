@@ -227,26 +227,24 @@ class SimulatedReplica:
     # ---- time
 
     def begin(self, now: int) -> int | None:
-        """Goes on from a boundary, or from being idle; or takes note of what has come while a forward runs.
+        """Goes on from a boundary, which `end` came to: what is ready joins the next forward.
 
         Returns:
             When something happens next, or None while it is idle.
         """
+        if self._pending:
+            fresh = self._joining(now)
+            if fresh:
+                return self._begin_prompts(fresh, now)
+        return self.next(now)
+
+    def next(self, now: int) -> int | None:
+        """The next boundary at which something happens, after jobs came or went; None while it is idle."""
         if self._fresh is not None:
             return self._until
-        if not self._rows or self._since == now:
-            # At a boundary: what is ready joins the next forward.
-            if not self._rows:
-                self._since = now
-            if self._pending:
-                fresh = self._joining(now)
-                if fresh:
-                    return self._begin_prompts(fresh, now)
-                if not self._rows:
-                    ready = [ready for ready, _ in self._pending if ready >= 0]
-                    return max(now, min(ready)) if ready else None
         if not self._rows:
-            return None
+            ready = [ready for ready, _ in self._pending if ready >= 0]
+            return max(now, min(ready)) if ready else None
         count = self._ends[0][0] - self._steps
         if self._leaving:
             count = min(count, self._steps_until(self._clock() - self._since))
@@ -265,6 +263,8 @@ class SimulatedReplica:
             self._end_prompts(now)
         elif self._rows:
             self._advance(self._planned, now)
+        else:
+            self._since = now
         finished = []
         while self._ends and self._ends[0][0] <= self._steps:
             _, key = heapq.heappop(self._ends)

@@ -141,6 +141,7 @@ class _Simulation:
         self._owned: dict[int, int] = {}  # GPU → since when it is paid for
         self._free: list[int] = []  # numbers that were given back
         self._next = 0
+        self._present = -1  # the replica whose boundary this is
         self._starting = 0
         self._ongoing = 0
         self._left = len(jobs)
@@ -197,6 +198,7 @@ class _Simulation:
 
     def _boundary(self, replica: SimulatedReplica) -> None:
         now = self._now
+        self._present = replica.id
         finished, evicted, left = replica.end(now)
         for job in finished:
             self._outcome.finished[job.key] = now
@@ -220,7 +222,8 @@ class _Simulation:
                     self._ask()
             if not replica.working_set:
                 self._emptied(replica)
-        self._plan(replica)
+        self._present = -1
+        self._push_boundary(replica, replica.begin(now))
 
     def _other(self, order: int, number: int) -> None:
         if order == _COMING:
@@ -323,7 +326,10 @@ class _Simulation:
                     break
 
     def _plan(self, replica: SimulatedReplica) -> None:
-        time = replica.begin(self._now)
+        if replica.id != self._present:  # which goes on when all has been decided
+            self._push_boundary(replica, replica.next(self._now))
+
+    def _push_boundary(self, replica: SimulatedReplica, time: int | None) -> None:
         replica.version += 1
         if time is not None:
             heapq.heappush(self._events, (time, replica.id, replica.id, replica.version))
