@@ -16,6 +16,8 @@ from lorakit.bench import (
     engine_step,
     engine_workloads,
     export,
+    scheduler_hour,
+    simulator,
 )
 
 BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
@@ -31,4 +33,6 @@ BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "engine-loading": engine_loading.run,
     "engine-peft": engine_peft.run,
     "export": export.run,
+    "simulator": simulator.run,
+    "scheduler-hour": scheduler_hour.run,
 }

@@ -5,16 +5,18 @@
 makes the files of `measured/` again. For Llama-2-7B on an H100:
 
 - `step`, `row`, `context`, `lora` and `rank` by least squares to six decode steps whose batch is known: five of
-  engine-step (32 rows and one, without adapters, with one, with 32) and that of engine-loading (31 rows, longer contexts).
-  Five numbers from six: what they are worth is shown by whole runs that they have not seen (`docs/guides/simulate.md`).
+  engine-step (32 rows and one, without adapters, with one, with 32) and that of engine-loading (31 rows, longer
+  contexts). Five numbers from six: what they are worth is shown by whole runs that they have not seen
+  (`docs/guides/simulate.md`).
 - `prompt` from kernels-prefill-layer, base and adapters of rank 16: so many layers of it, over its tokens.
 - `prompts` from engine-workloads: what a forward with a prompt takes longer than one without is there the difference of
   p99 and p50 between tokens, as 2 to 3 % of the gaps have a prompt in them; less the median prompt's own tokens.
 - `load` from adapter-load.
 
-Assumed: the start of a GPU, 30 s. For other bases on an H100, `row`, `prompt` and `prompts` of Llama-2-7B, scaled by
-their weights, and `context` by the bytes of keys and values. For an H200, whose steps were not measured alone: all of an
-H100's, times one factor that makes the median time between tokens right where all requests share an adapter.
+Assumed: the start of a GPU, 30 s. For other bases on an H100: Llama-2-7B's `row`, `prompt` and `load`, scaled by their
+weights, `prompts` by their layers and `context` by the bytes of keys and values. For an H200, whose steps were not
+measured alone: all of an H100's, times one factor that makes the median time between tokens right where all requests
+share an adapter; `rank` and `prompts` from its own runs.
 """
 
 from __future__ import annotations
@@ -117,14 +119,14 @@ def _scaled(base: Mapping[str, float], setting: Mapping[str, Any], other: Mappin
 
 def _h200(base: Mapping[str, float], cells: Mapping[str, Any]) -> dict[str, float]:
     """One factor, by which an H200's steps of one adapter are shorter, and what an adapter more costs there."""
-    found = {
-        name.split(",")[0]: cell["results"] for name, cell in cells.items() if name.endswith("NVIDIA H200")
-    }
+    found = {name.split(",")[0]: cell["results"] for name, cell in cells.items() if name.endswith("NVIDIA H200")}
     p50 = {name: one["between_tokens_ms"]["p50"] for name, one in found.items()}
     adapters = {name: one["mean_adapters_of_a_forward"] for name, one in found.items()}
     one = base["step"] + _ROWS * (base["row"] + MEAN_CONTEXT * base["context"]) + base["lora"] + _RANK * base["rank"]
     factor = p50["identical"] / one
-    longer = float(np.mean([gap["between_tokens_ms"]["p99"] - gap["between_tokens_ms"]["p50"] for gap in found.values()]))
+    longer = float(
+        np.mean([gap["between_tokens_ms"]["p99"] - gap["between_tokens_ms"]["p50"] for gap in found.values()])
+    )
     rank = (p50["distinct"] - p50["identical"]) / (adapters["distinct"] - adapters["identical"]) / _RANK
     scaled = {name: value * factor for name, value in base.items()}
     # An adapter's own cost is known there, so what one costs less of it is in `lora`.
@@ -134,7 +136,7 @@ def _h200(base: Mapping[str, float], cells: Mapping[str, Any]) -> dict[str, floa
 
 
 MEAN_CONTEXT = 681
-"""Tokens of a running request's context with Punica's lengths, U(0, 2048) in all: a third of 2,048, less its beginning."""
+"""Tokens of a running request's context with Punica's lengths: of U(0, 2048) in all, about a third of the most."""
 
 
 def _weights(shape: Mapping[str, Any]) -> float:

@@ -49,16 +49,16 @@ class Policy:
     """
 
     light: float = 0.75
-    headroom: int = 1
+    headroom: int = 0
     headroom_share: float = 0.0
-    ask_at: int = 1
+    ask_at: int = 4
     least: int = 1
     most: int = 16
-    linger: float = 0.0
+    linger: float = 25.0
     look_every: float = 1.0
     consolidate_every: float | None = 5.0
     consolidate_below: float = 0.5
-    spare: int = 0
+    spare: int = 64
     move_tokens: int = 16384
     affinity: bool = False
     affinity_slack: int = 0
@@ -68,7 +68,15 @@ class Policy:
         for name in ("light", "consolidate_below", "headroom_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"the policy's {name} is {getattr(self, name)!r}; give a share, 0 to 1.")
-        lowest_of = {"headroom": 0, "ask_at": 1, "least": 0, "most": 1, "spare": 0, "move_tokens": 0, "affinity_slack": 0}
+        lowest_of = {
+            "headroom": 0,
+            "ask_at": 1,
+            "least": 0,
+            "most": 1,
+            "spare": 0,
+            "move_tokens": 0,
+            "affinity_slack": 0,
+        }
         for name, lowest in lowest_of.items():
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
@@ -295,9 +303,9 @@ class _Rooms:
         if len(placed) == len(requests) and self.enough_without(source, starting):
             return placed
         source.gone = False
-        for room, *before in reversed(undo):
+        for room, size, blocks, ranks, adapters, given in reversed(undo):
             self._by_size[room.size].remove(room)
-            room.size, room.blocks, room.ranks, room.adapters, room.given = before
+            room.size, room.blocks, room.ranks, room.adapters, room.given = size, blocks, ranks, adapters, given
             self._by_size[room.size].append(room)
         self._by_size[source.size].append(source)
         return None

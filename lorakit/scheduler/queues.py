@@ -23,9 +23,9 @@ class Queued(Request, Protocol):
     """
 
     @property
-    def cost(self) -> int: ...
+    def cost(self) -> int: ...  # noqa: D102
     @property
-    def placed(self) -> bool: ...
+    def placed(self) -> bool: ...  # noqa: D102
 
 
 R = TypeVar("R", bound=Queued)
@@ -91,7 +91,10 @@ class FairFcfs(Generic[R]):
     passable = False
 
     def __init__(
-        self, owners: Mapping[int, int] | None = None, weights: Mapping[int, float] | None = None, quantum: int = QUANTUM
+        self,
+        owners: Mapping[int, int] | None = None,
+        weights: Mapping[int, float] | None = None,
+        quantum: int = QUANTUM,
     ) -> None:
         """Is empty.
 

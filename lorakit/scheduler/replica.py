@@ -29,11 +29,11 @@ from lorakit.scheduler.snapshot import Limits
 
 
 class Gap(NamedTuple):
-    """Times between tokens: of `count` forwards for `rows` rows, the first of them and the growth of each next one."""
+    """Times between tokens of some rows: the first of so many forwards, and how much longer each next one takes."""
 
     first: int
     growth: int
-    count: int
+    forwards: int
     rows: int
 
 
@@ -243,9 +243,10 @@ class SimulatedReplica:
         if self._fresh is not None:
             return self._until
         if not self._rows:
-            ready = [ready for ready, _ in self._pending if ready >= 0]
-            return max(now, min(ready)) if ready else None
-        count = self._ends[0][0] - self._steps
+            times = [ready for ready, _ in self._pending if ready >= 0]
+            return max(now, min(times)) if times else None
+        last, _ = self._ends[0]
+        count = last - self._steps
         if self._leaving:
             count = min(count, self._steps_until(self._clock() - self._since))
         for ready, _ in self._pending:
@@ -404,6 +405,7 @@ class SimulatedReplica:
         if elapsed <= 0:
             return 0
         first, growth = self._first(), len(self._rows) * self._costs.context
+        count: int
         if growth:
             linear = first - growth / 2
             count = int((math.sqrt(linear * linear + 2.0 * growth * elapsed) - linear) / growth)

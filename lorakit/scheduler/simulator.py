@@ -19,7 +19,7 @@ from lorakit.scheduler.replica import Counts, SimulatedReplica
 from lorakit.scheduler.schemes import Scheme
 from lorakit.workloads import Asked
 
-_COMING, _RELEASE, _LOOK, _CONSOLIDATE, _SAMPLE = (1 << 40) + 0, (1 << 40) + 1, (1 << 40) + 2, (1 << 40) + 3, (1 << 40) + 4
+_COMING, _RELEASE, _LOOK, _CONSOLIDATE, _SAMPLE = range(1 << 40, (1 << 40) + 5)
 
 
 @dataclass(frozen=True)

@@ -50,15 +50,15 @@ class Request(Protocol):
     """
 
     @property
-    def key(self) -> int: ...
+    def key(self) -> int: ...  # noqa: D102
     @property
-    def arrival(self) -> float: ...
+    def arrival(self) -> float: ...  # noqa: D102
     @property
-    def tokens(self) -> int: ...
+    def tokens(self) -> int: ...  # noqa: D102
     @property
-    def adapter(self) -> int: ...
+    def adapter(self) -> int: ...  # noqa: D102
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int: ...  # noqa: D102
 
 
 class Replica(Protocol):
@@ -73,15 +73,15 @@ class Replica(Protocol):
     """
 
     @property
-    def id(self) -> int: ...
+    def id(self) -> int: ...  # noqa: D102
     @property
-    def working_set(self) -> int: ...
+    def working_set(self) -> int: ...  # noqa: D102
     @property
-    def free_blocks(self) -> int: ...
+    def free_blocks(self) -> int: ...  # noqa: D102
     @property
-    def ranks(self) -> int: ...
+    def ranks(self) -> int: ...  # noqa: D102
     @property
-    def resident(self) -> int: ...
+    def resident(self) -> int: ...  # noqa: D102
 
     def uses(self, adapter: int) -> bool:
         """Whether a request of its working set has this adapter."""

@@ -5,6 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stepwise import Reference
 
 from lorakit import workloads
 from lorakit.errors import ConfigError
@@ -15,7 +16,6 @@ from lorakit.scheduler.schemes import SCHEMES, Autoscaler, Punica, make_scheme
 from lorakit.scheduler.simulator import Hardware, simulate
 from lorakit.scheduler.snapshot import Limits
 from lorakit.workloads import Asked
-from stepwise import Reference
 
 MS = SECOND // 1000
 COSTS = Costs(
@@ -44,14 +44,16 @@ def drawn(rng, requests, rate, adapters=12, longest=300):
     ask_at=st.sampled_from([1, 4]),
     linger=st.sampled_from([0.0, 0.7]),
     every=st.sampled_from([None, 0.31, 2.03]),
+    spare=st.sampled_from([0, 6]),
     affinity=st.booleans(),
     budget=st.sampled_from([None, 48]),
     budget_of_prompts=st.sampled_from([64, 8192]),
 )
-@settings(max_examples=120, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
 def test_agrees_with_a_simulation_forward_by_forward(
-    seed, requests, rate, batch, block_tokens, tightness, headroom, light, ask_at, linger, every, affinity, budget,
-    budget_of_prompts,
+    seed, requests, rate, batch, block_tokens, tightness, headroom, light, ask_at, linger, every, spare, affinity,
+    budget, budget_of_prompts,
 ):  # fmt: skip
     rng = random.Random(seed)
     trace = drawn(rng, requests, rate)
@@ -59,7 +61,7 @@ def test_agrees_with_a_simulation_forward_by_forward(
     limits = Limits(batch, int(tightness * -(-longest // block_tokens)) + 2, block_tokens)
     policy = Policy(
         most=4, headroom=headroom, light=light, ask_at=ask_at, linger=linger, look_every=0.93, consolidate_every=every,
-        consolidate_below=1.0, affinity=affinity, affinity_slack=1, rank_budget=budget,
+        consolidate_below=1.0, spare=spare, affinity=affinity, affinity_slack=1, rank_budget=budget,
     )  # fmt: skip
     costs = Costs(**{**vars(COSTS), "prompt_budget": budget_of_prompts})
     hardware = Hardware(costs, slots=batch + 1, ranks=(16, 8, 64))
@@ -77,12 +79,20 @@ def test_agrees_with_a_simulation_forward_by_forward(
 
 def test_what_is_compared_moves_and_evicts():
     """The draws above reach what they are to compare."""
-    rng = random.Random(3)
-    trace = drawn(rng, 60, 20.0)
-    policy = Policy(most=4, headroom=1, light=0.75, look_every=0.93, consolidate_every=0.31, consolidate_below=1.0)
-    tight = Limits(8, 60, 16)
-    found = simulate(trace, Punica(policy, tight), Hardware(COSTS, slots=9), sample=None)
-    assert found.evictions > 3 and found.moves > 3
+    trace = drawn(random.Random(5), 60, 8.0)
+    policy = Policy(
+        most=4,
+        headroom=1,
+        ask_at=1,
+        linger=0.0,
+        spare=0,
+        look_every=0.93,
+        consolidate_every=0.31,
+        consolidate_below=1.0,
+    )
+    for blocks, reached in ((60, "evictions"), (400, "moves")):
+        found = simulate(trace, Punica(policy, Limits(8, blocks, 16)), Hardware(COSTS, slots=9), sample=None)
+        assert getattr(found, reached) > 3
 
 
 def test_one_request_by_hand():
