@@ -89,9 +89,9 @@ def compare(path: Path) -> dict[str, dict[str, dict[str, float]]]:
         return {}
     found = {}
     for name, cell in json.loads(path.read_text(encoding="utf-8"))["cells"].items():
-        popularity, _, _, gpu = name.split(", ")
+        popularity, gpu = name.split(", ")[0], name.split(", ")[-1]
         if gpu in _COSTS:
-            found[f"{popularity}, {gpu}"] = {
+            found[name] = {
                 "measured": _measured(cell["results"]),
                 "simulated": _replay(cell["setting"], popularity, _COSTS[gpu]),
             }

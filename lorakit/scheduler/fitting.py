@@ -35,6 +35,7 @@ _MS = SECOND // 1000
 _RANK, _ROWS = 16, 32
 _PUNICA_MEDIAN_PROMPT = 17
 _H100 = "NVIDIA H100 80GB HBM3"
+_CELL = f"batch {_ROWS}, liger, "
 
 
 def fit(benchmarks: Path) -> dict[str, dict[str, Any]]:
@@ -84,7 +85,7 @@ def _base_7b(benchmarks: Path, step: Mapping[str, Any]) -> dict[str, float]:
     layers = setting["shape"]["num_hidden_layers"]
     prompt = layers * (timed["base_us"]["median"] + timed["added_us"]["lorakit"]["median"]) / tokens / 1e3
     cells = _read(benchmarks, "engine_workloads")["cells"]
-    gaps = [cell["results"]["between_tokens_ms"] for name, cell in cells.items() if name.endswith(_H100)]
+    gaps = [cell["results"]["between_tokens_ms"] for name, cell in cells.items() if name.endswith(_CELL + _H100)]
     longer = float(np.mean([gap["p99"] - gap["p50"] for gap in gaps]))
     return {
         **dict(zip(("step", "row", "context", "lora", "rank"), solution.tolist(), strict=True)),
@@ -119,7 +120,9 @@ def _scaled(base: Mapping[str, float], setting: Mapping[str, Any], other: Mappin
 
 def _h200(base: Mapping[str, float], cells: Mapping[str, Any]) -> dict[str, float]:
     """One factor, by which an H200's steps of one adapter are shorter, and what an adapter more costs there."""
-    found = {name.split(",")[0]: cell["results"] for name, cell in cells.items() if name.endswith("NVIDIA H200")}
+    found = {
+        name.split(",")[0]: cell["results"] for name, cell in cells.items() if name.endswith(_CELL + "NVIDIA H200")
+    }
     p50 = {name: one["between_tokens_ms"]["p50"] for name, one in found.items()}
     adapters = {name: one["mean_adapters_of_a_forward"] for name, one in found.items()}
     one = base["step"] + _ROWS * (base["row"] + MEAN_CONTEXT * base["context"]) + base["lora"] + _RANK * base["rank"]
