@@ -18,11 +18,10 @@ def run(monkeypatch, capsys, tmp_path):
 
     def run_(*args):
         monkeypatch.setattr(sys, "argv", ["lorakit", "simulate", *map(str, args)])
-        try:
+        with pytest.raises(SystemExit) as stop:
             cli.main()
-        except SystemExit as stop:
-            return stop.code or 0, " ".join(capsys.readouterr().err.split())
-        return 0, capsys.readouterr().out
+        printed = capsys.readouterr()
+        return stop.value.code or 0, " ".join(f"{printed.out} {printed.err}".split())
 
     return run_
 
