@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 GUIDES = Path(__file__).parent.parent / "docs" / "guides"
-PAGES = ("index", "train", "export", "generate", "engine", "serve", "cli", "bank-format", "errors")
+PAGES = ("index", "train", "export", "generate", "engine", "serve", "simulate", "cli", "bank-format", "errors")
 MADE = {"compatibility"}  # by the tests; it shows nothing to run
 NOT_RUN = {"quantised"}  # needs quantisers, which the environment does not have (make quantised)
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)

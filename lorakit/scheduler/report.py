@@ -69,8 +69,8 @@ def write_report(
         "# Simulation",
         "",
         *(f"- {name}: {value}" for name, value in setting.items()),
-        f"- least GPU-hours: {least['clairvoyant_gpu_hours']:.2f} clairvoyant, "
-        f"{least['any_schedule_gpu_hours']:.2f} by any schedule, however late",
+        f"- GPU-hours of a clairvoyant schedule: {least['clairvoyant_gpu_hours']:.2f}; "
+        f"no schedule takes less than {least['any_schedule_gpu_hours']:.2f}",
         "",
         *("| " + " | ".join(line) + " |" for line in table),
         "",
