@@ -453,7 +453,8 @@ def simulate(
     path = write_report(out, outcomes, least, setting)
     columns, lines = rows(numbers(outcomes, least))
     shown = [columns[:5], *(line[:5] for line in lines)]
-    title = f"{len(asked):,} requests on up to {gpus} GPUs; the clairvoyant takes {least['clairvoyant_gpu_hours']:.2f} GPU-hours"
+    clairvoyant = f"{least['clairvoyant_gpu_hours']:.2f} GPU-hours"
+    title = f"{len(asked):,} requests on up to {gpus} GPUs; the clairvoyant takes {clairvoyant}"
     console = make_console()
     console.print(table(title, shown[0], shown[1:]))
     console.print(f"report in {path}", markup=False)

@@ -12,8 +12,9 @@ from lorakit.errors import ConfigError
 from lorakit.scheduler.bound import least_gpu_time
 from lorakit.scheduler.costs import SECOND, Costs
 from lorakit.scheduler.policy import Policy
+from lorakit.scheduler.queues import Fcfs
 from lorakit.scheduler.schemes import SCHEMES, Autoscaler, Punica, make_scheme
-from lorakit.scheduler.simulator import Hardware, simulate
+from lorakit.scheduler.simulator import Hardware, _Simulation, simulate
 from lorakit.scheduler.snapshot import Limits
 from lorakit.workloads import Asked
 
@@ -131,6 +132,33 @@ def test_an_evicted_request_keeps_its_arrival_and_budget_and_is_the_newest():
     assert found.finished[0] < found.finished[1]
     assert sum(job.new_tokens for job in found.jobs) == 340
     assert all(job.arrival == round(one.arrival * SECOND) for job, one in zip(found.jobs, trace, strict=True))
+
+
+@pytest.mark.parametrize("blocks", [60, 2000])
+def test_nobody_passes_an_older_request_and_no_replica_is_overfull(monkeypatch, blocks):
+    """Whoever is given a place is the oldest of those that wait; what is given keeps within places and blocks."""
+    limits = Limits(8, blocks, 16)
+    waiting, given, give, add = {}, [], _Simulation._give, Fcfs.add
+
+    def give_(self, job, number):
+        replica = self._replicas[number]
+        assert replica.working_set < limits.batch
+        assert replica.free_blocks >= limits.blocks_of(job.tokens) + replica.working_set + 1
+        assert all((job.arrival, job.key) <= (one.arrival, one.key) for one in waiting.values())
+        waiting.pop(job.key, None)
+        given.append(job.key)
+        give(self, job, number)
+
+    def add_(self, job):
+        waiting[job.key] = job
+        add(self, job)
+
+    monkeypatch.setattr(_Simulation, "_give", give_)
+    monkeypatch.setattr(Fcfs, "add", add_)
+    trace = drawn(random.Random(7), 200, 60.0)
+    found = simulate(trace, Punica(Policy(most=3), limits), Hardware(COSTS, slots=9), sample=None)
+    assert not waiting and set(given) == set(range(200))
+    assert len(given) == 200 + found.evictions and (found.evictions > 0) == (blocks == 60)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
