@@ -4,7 +4,7 @@
     punica-affinity   the same, preferring a replica that holds the adapter
     punica-fair       the same as punica, in the order of deficit round robin over tenants
     ray-serve         Ray Serve's default router, `PowerOfTwoChoicesRequestRouter` with a multiplexed model an adapter
-                      (Ray 2.60): two random ones of the replicas that hold the adapter, else of those with the fewest
+                     : two random ones of the replicas that hold the adapter, else of those with the fewest
                       adapters, else of all; of the two the one with fewer requests
     round-robin       the next replica in turn
     least-loaded      the replica with the fewest requests
@@ -39,7 +39,7 @@ Route = Callable[[Fleet, Job, int, float], int | None]
 class Autoscaler:
     """Ray Serve's, with its defaults: as many replicas as keep the requests of each at a target on average.
 
-    `replica_queue_length_autoscaling_policy` of Ray 2.60.
+    `replica_queue_length_autoscaling_policy`.
 
     Attributes:
         target: `target_ongoing_requests`, of a replica, running or waiting.
@@ -214,10 +214,11 @@ _ANY = Policy()
 
 
 class RayServe:
-    """Ray Serve's default router, `request_router/pow_2_router.py` and `MultiplexMixin` of Ray 2.60.
+    """Ray Serve's default router, `request_router/pow_2_router.py` and `MultiplexMixin`.
 
     Ray goes on to all replicas a second after the first two sets were full, and tries again with a growing pause; here
-    it goes on at once, and tries again whenever a request ends.
+    it goes on at once, and tries again whenever a request ends. Where just two replicas come into question and are
+    equal, Ray draws; here it is the higher id.
     """
 
     def __init__(self, limits: Limits, seed: int) -> None:
