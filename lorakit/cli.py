@@ -467,6 +467,105 @@ def quickstart(
 
 
 @app.command()
+def simulate(
+    trace: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A trace as JSON lines; by default an hour like that of Punica's paper.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder of the report: a page, its numbers as JSON, plots.")] = Path(
+        "simulation"
+    ),
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option("--scheme", "-s", help="A scheme to compare; repeat it. By default all.", show_default=False),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs there are at most.")] = 16,
+    costs: Annotated[
+        str, typer.Option(help="What work takes: h100-llama-2-7b and others that come with lorakit, or a file.")
+    ] = "h100-llama-2-7b",
+    batch: Annotated[int, typer.Option(min=1, help="Requests of a working set at most.")] = 32,
+    blocks: Annotated[int, typer.Option(min=2, help="Blocks of a GPU's cache, of 16 tokens each.")] = 4096,
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters that a GPU's memory holds.")] = 256,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="The adapters' rank; several are theirs in turn.", show_default=False),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the policy, as linger=20; repeat it.", show_default=False),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            help="The target of Ray Serve's autoscaler, for schemes without a scaling of their own; 0: a fixed fleet.",
+            show_default="Ray's default, 2",
+        ),
+    ] = None,
+    start: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds until a GPU serves.", show_default=False)
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0.001, help="Of the hour made: the most requests a second.")] = 85.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of the hour made: its length.")] = 60.0,
+    popularity: Annotated[
+        str, typer.Option(help="Of the hour made: distinct, uniform, skewed or identical.")
+    ] = "skewed",
+    lengths: Annotated[str, typer.Option(help="Of the hour made: chat, punica or slora.")] = "chat",
+    seed: Annotated[int, typer.Option(help="Of the hour made, and of schemes that draw.")] = 0,
+    write: Annotated[Path | None, typer.Option(help="Write the trace here, too.", show_default=False)] = None,
+) -> None:
+    """Play a trace on simulated GPUs, scheme beside scheme."""
+    _need("a report needs", ["matplotlib"], extra="simulate")
+    from lorakit import workloads
+    from lorakit.scheduler.report import numbers, rows, write_report
+    from lorakit.scheduler.schemes import SCHEMES, Autoscaler, make_scheme
+    from lorakit.scheduler.settings import make_costs, make_policy
+    from lorakit.scheduler.simulator import Hardware
+    from lorakit.scheduler.simulator import simulate as play
+    from lorakit.scheduler.snapshot import Limits
+    from lorakit.scheduler.summary import bounds
+
+    if not all(map(math.isfinite, (rate, minutes, start or 0.0, target or 0.0))):
+        raise ConfigError("--rate, --minutes, --start and --target have to be finite numbers.")
+    policy = make_policy(set_ or [], most=gpus)
+    limits, hardware = Limits(batch, blocks), Hardware(make_costs(costs, start), adapters, tuple(rank or [16]))
+    autoscaler = None if target == 0 else Autoscaler() if target is None else Autoscaler(target)
+    names = scheme or list(SCHEMES)
+    for name in names:
+        make_scheme(name, policy, limits, autoscaler, seed)  # refuses an unknown one before anything is played
+    asked = (
+        workloads.read_trace(trace) if trace else workloads.punica_hour(rate, minutes * 60, popularity, lengths, seed)
+    )
+    if write is not None:
+        workloads.write_trace(asked, write)
+    outcomes = {}
+    with bar("simulate", len(names)) as step:
+        for done, name in enumerate(names):
+            sample = max(asked[-1].arrival, 1.0) / 720
+            outcomes[name] = play(asked, make_scheme(name, policy, limits, autoscaler, seed), hardware, sample=sample)
+            step(done + 1)
+    least = bounds(asked, hardware, limits)
+    setting = {
+        "trace": str(trace) if trace else f"{popularity}, {lengths}, up to {rate:g} requests/s, seed {seed}",
+        "requests": len(asked),
+        "costs": costs,
+        "batch": batch,
+        "blocks": blocks,
+        "policy": str(policy),
+        "autoscaler": str(autoscaler),
+    }
+    path = write_report(out, outcomes, least, setting)
+    columns, lines = rows(numbers(outcomes, least))
+    shown = [columns[:5], *(line[:5] for line in lines)]
+    clairvoyant = f"{least['clairvoyant_gpu_hours']:.2f} GPU-hours"
+    title = f"{len(asked):,} requests on up to {gpus} GPUs; the clairvoyant takes {clairvoyant}"
+    console = make_console()
+    console.print(table(title, shown[0], shown[1:]))
+    console.print(f"report in {path}", markup=False)
+
+
+@app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Where the results (JSON) and plots go.")] = Path("benchmarks"),

@@ -155,6 +155,34 @@ def trace(arrivals: Sequence[float], adapters: Sequence[int], lengths: Lengths, 
     return [Asked(arrival, adapter, *lengths(rng)) for arrival, adapter in zip(sorted(arrivals), adapters, strict=True)]
 
 
+LENGTHS: dict[str, Lengths] = {"punica": punica_lengths, "chat": chat_lengths, "slora": slora_lengths}
+"""How lengths are drawn, by name."""
+
+
+def punica_hour(rate: float, seconds: float, popularity: str, lengths: str, seed: int) -> list[Asked]:
+    """Punica's cluster experiment: a load that rises and falls.
+
+    Args:
+        rate: the most, in requests a second, see `wave_arrivals`.
+        seconds: of the trace.
+        popularity: see `group_sizes`.
+        lengths: one of `LENGTHS`.
+        seed: repeats it.
+
+    Raises:
+        ConfigError: there is no such popularity, there are no such lengths, or no request came.
+    """
+    if popularity not in POPULARITIES:
+        raise ConfigError(f"there is no popularity {popularity!r}; there are {', '.join(POPULARITIES)}.")
+    if lengths not in LENGTHS:
+        raise ConfigError(f"there are no lengths {lengths!r}; there are {', '.join(LENGTHS)}.")
+    rng = random.Random(seed)
+    arrivals = wave_arrivals(rate, seconds, rng)
+    if not arrivals:
+        raise ConfigError(f"no request came in {seconds:g} s at up to {rate:g} a second; let it last longer.")
+    return trace(arrivals, adapters_of(len(arrivals), popularity, rng), LENGTHS[lengths], rng)
+
+
 def write_trace(asked: Iterable[Asked], path: str | Path) -> None:
     """Writes a trace as JSON lines, a request each."""
     lines = (json.dumps(dataclasses.asdict(one)) + "\n" for one in asked)

@@ -17,6 +17,8 @@ from lorakit.bench import (
     engine_tensor_parallel,
     engine_workloads,
     export,
+    scheduler_hour,
+    simulator,
 )
 
 BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
@@ -33,4 +35,6 @@ BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "engine-peft": engine_peft.run,
     "engine-tensor-parallel": engine_tensor_parallel.run,
     "export": export.run,
+    "simulator": simulator.run,
+    "scheduler-hour": scheduler_hour.run,
 }

@@ -34,3 +34,33 @@ def bars(
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def curves(path: Path, parameters: Mapping[str, Mapping[str, Mapping[str, float]]], left: str, right: str) -> None:
+    """A panel a parameter: two results over its values, each with an axis of its own.
+
+    Args:
+        path: of the picture.
+        parameters: name → value → result → number.
+        left: the result on the left axis.
+        right: the one on the right, logarithmic.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    count = len(parameters)
+    figure, panels = pyplot.subplots(-(-count // 2), 2, figsize=(9, 1.2 * count), layout="constrained", squeeze=False)
+    for axes, (name, values) in zip(panels.flat, parameters.items(), strict=False):
+        other = axes.twinx()
+        axes.plot(list(values), [one[left] for one in values.values()], "o-", color=OURS)
+        other.plot(list(values), [one[right] for one in values.values()], "s--", color=THEIRS)
+        other.set_yscale("log")
+        axes.set_xlabel(name)
+        axes.set_ylabel(left.replace("_", " "), color=OURS)
+        other.set_ylabel(right.replace("_", " "), color=THEIRS)
+    for axes in panels.flat[count:]:
+        axes.set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,174 @@
+"""Requests that fit nowhere, and which of them is next.
+
+A request that is evicted comes back with its original arrival, and so before all that came later. Pure Python.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Generic, Protocol, TypeVar
+
+from lorakit.engine.fairness import QUANTUM, FairQueue
+from lorakit.scheduler.snapshot import Request
+
+
+class Queued(Request, Protocol):
+    """A request that can wait.
+
+    Attributes:
+        cost: what it may take, in tokens: its prompt and the most that it may generate.
+        placed: whether a replica had it before it came to wait again.
+    """
+
+    @property
+    def cost(self) -> int: ...  # noqa: D102
+    @property
+    def placed(self) -> bool: ...  # noqa: D102
+
+
+R = TypeVar("R", bound=Queued)
+
+
+class Queue(Protocol[R]):
+    """What a scheduler needs of a queue.
+
+    Attributes:
+        passable: whether a request may pass another one that has no place.
+    """
+
+    passable: bool
+
+    def __len__(self) -> int: ...
+
+    def add(self, request: R) -> None:
+        """A request waits."""
+        ...
+
+    def heads(self) -> Iterator[R]:
+        """The requests that may be next, in order; those behind the first only if they may pass it."""
+        ...
+
+    def take(self, request: R) -> None:
+        """One of the heads waits no more."""
+        ...
+
+
+class Fcfs(Generic[R]):
+    """First come, first served: while the oldest fits nowhere, nobody passes it (Punica)."""
+
+    passable = False
+
+    def __init__(self) -> None:
+        """Is empty."""
+        self._heap: list[tuple[float, int, R]] = []
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, request: R) -> None:
+        """A request waits, in the order of its arrival."""
+        heapq.heappush(self._heap, (request.arrival, request.key, request))
+
+    def heads(self) -> Iterator[R]:
+        """The oldest."""
+        if self._heap:
+            yield self._heap[0][2]
+
+    def take(self, request: R) -> None:
+        """The oldest waits no more."""
+        assert self._heap[0][2] is request
+        heapq.heappop(self._heap)
+
+
+class FairFcfs(Generic[R]):
+    """Deficit round robin over tenants, which are the adapters' owners; first come, first served within each.
+
+    The one whose turn it is is not passed either. A request that was evicted was charged before, and goes first.
+    """
+
+    passable = False
+
+    def __init__(
+        self,
+        owners: Mapping[int, int] | None = None,
+        weights: Mapping[int, float] | None = None,
+        quantum: int = QUANTUM,
+    ) -> None:
+        """Is empty.
+
+        Args:
+            owners: adapter → tenant; an adapter that is not named is a tenant of its own.
+            weights: tenant → its weight, 1 by default.
+            quantum: tokens of a turn.
+        """
+        self._owners = owners or {}
+        self._weights = weights or {}
+        self._turns = FairQueue(quantum)
+        self._waiting: dict[int, R] = {}
+        self._again: Fcfs[R] = Fcfs()
+        self._next: R | None = None
+
+    def __len__(self) -> int:
+        return len(self._turns) + len(self._again) + (self._next is not None)
+
+    def add(self, request: R) -> None:
+        """A request waits for its tenant's turn."""
+        if request.placed:
+            self._again.add(request)
+            return
+        tenant = self._owners.get(request.adapter, request.adapter)
+        self._waiting[request.key] = request
+        self._turns.add(request.key, tenant, request.cost, self._weights.get(tenant, 1.0))
+
+    def heads(self) -> Iterator[R]:
+        """The one whose turn it is."""
+        if len(self._again):
+            yield from self._again.heads()
+            return
+        if self._next is None:
+            key = self._turns.choose()
+            if isinstance(key, int):
+                self._next = self._waiting.pop(key)
+        if self._next is not None:
+            yield self._next
+
+    def take(self, request: R) -> None:
+        """It waits no more."""
+        if self._next is request:
+            self._next = None
+        else:
+            self._again.take(request)
+
+
+class FcfsEach(Generic[R]):
+    """First come, first served for each adapter: the others pass one that has no place. For a GPU a tenant."""
+
+    passable = True
+
+    def __init__(self) -> None:
+        """Is empty."""
+        self._queues: defaultdict[int, Fcfs[R]] = defaultdict(Fcfs)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, request: R) -> None:
+        """A request waits behind those of its adapter."""
+        self._queues[request.adapter].add(request)
+        self._count += 1
+
+    def heads(self) -> Iterator[R]:
+        """The oldest of every adapter, the oldest of all first."""
+        heads = [head for queue in self._queues.values() for head in queue.heads()]
+        yield from sorted(heads, key=lambda one: (one.arrival, one.key))
+
+    def take(self, request: R) -> None:
+        """It waits no more."""
+        queue = self._queues[request.adapter]
+        queue.take(request)
+        self._count -= 1
+        if not len(queue):
+            del self._queues[request.adapter]
