@@ -17,8 +17,19 @@ from loopback_hub import LoopbackHub
 
 GUIDES = Path(__file__).parent.parent / "docs" / "guides"
 PAGES = (
-    "index", "train", "export", "generate", "engine", "serve", "hub", "demo", "simulate", "cli", "bank-format", "errors",
-)  # fmt: skip
+    "index",
+    "train",
+    "export",
+    "generate",
+    "engine",
+    "serve",
+    "hub",
+    "demo",
+    "simulate",
+    "cli",
+    "bank-format",
+    "errors",
+)
 MADE = {"compatibility"}  # by the tests; it shows nothing to run
 NOT_RUN = {"quantised"}  # needs quantisers, which the environment does not have (make quantised)
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
