@@ -11,12 +11,14 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import chat, embedded
 from lorakit.console import bar, make_console, table
+from lorakit.errors import BankError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,9 +124,10 @@ def _bank(runs: Mapping[str, Path], path: Path, base: Path) -> AdapterBank:
     index = path / INDEX_NAME
     trained = max((run / "adapter_model.safetensors").stat().st_mtime for run in runs.values())
     if index.is_file() and index.stat().st_mtime > trained:
-        bank = AdapterBank.open(path)
-        if bank.names == list(runs) and not bank.damages():
-            return bank
+        with suppress(BankError):  # it may be of an older format
+            bank = AdapterBank.open(path)
+            if bank.names == list(runs) and not bank.damages():
+                return bank
     with bar("export", len(runs)) as step:
         return export(runs, path, base_model=base, overwrite=True, progress=step)
 

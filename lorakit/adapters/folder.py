@@ -71,7 +71,7 @@ class BankFolder:
                 # Once more: another process may have been faster.
                 check_free(path, overwrite)
                 if (path / INDEX_NAME).is_file():
-                    folder.index = replace(index, next_shard=load_index(path).next_shard)
+                    folder.index = replace(index, next_shard=_next_shard(path))
                 try:
                     yield folder
                 finally:
@@ -189,6 +189,14 @@ class BankFolder:
                 # What cannot be deleted now is deleted by a later sweep.
                 with suppress(OSError):
                     path.unlink()
+
+
+def _next_shard(folder: Path) -> int:
+    """The number after all that a bank has used, or, where its index cannot be read, after those of its files."""
+    try:
+        return load_index(folder).next_shard
+    except BankError:  # damaged, or of another format: it is to go either way
+        return 1 + max(shard_number(path.name.removesuffix(TEMPORARY)) or 0 for path in folder.iterdir())
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

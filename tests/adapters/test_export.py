@@ -486,6 +486,22 @@ def test_a_folder_in_use_is_left_alone(saved, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("index", ['{"format_version": 1}', '{"format_version": 99}', "no JSON", ""])
+def test_a_bank_that_cannot_be_read_is_replaced_if_asked(saved, tmp_path, index):
+    """One of an older lorakit's, or a damaged one; its shards go, and their numbers are not used again."""
+    lorakit.export(saved, tmp_path / "bank", base_model=base_of())
+    (tmp_path / "bank" / "bank.json").write_text(index)
+    before = {path.name for path in (tmp_path / "bank").glob("*.safetensors")}
+    with pytest.raises(BankError, match="holds a bank already"):
+        lorakit.export([saved["law"]], tmp_path / "bank", base_model=base_of())
+    with pytest.raises(LorakitError):
+        lorakit.export(["gone"], tmp_path / "bank", base_model=base_of(), overwrite=True)
+    assert {path.name for path in (tmp_path / "bank").glob("*.safetensors")} == before
+    bank = lorakit.export([saved["law"]], tmp_path / "bank", base_model=base_of(), overwrite=True)
+    bank.verify()
+    assert bank.names == ["law"] and not before & {path.name for path in (tmp_path / "bank").glob("*.safetensors")}
+
+
 def test_a_bank_is_replaced_only_when_asked(saved, tmp_path):
     lorakit.export(saved, tmp_path / "bank", base_model=base_of())
     before = tree(tmp_path)

@@ -5,10 +5,9 @@ import os
 import shutil
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 from playwright.sync_api import sync_playwright
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from speaking import speaking_base, tenant_of
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lorakit import MultiLoraModel
 from lorakit.demo.app import build, launching
@@ -23,40 +22,17 @@ def base(tmp_path_factory):
     """A folder with a base."""
     folder = tmp_path_factory.mktemp("demo") / "base"
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)  # so that adapters make a difference
+    model = speaking_base(tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def tenant(base, seed):
-    """PEFT's model of a tenant."""
-    torch.manual_seed(seed + 1)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    return get_peft_model(copy.deepcopy(base), config)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(base):
     """A folder with a checkpoint that nobody has loaded yet."""
     folder = base.parent / "checkpoint"
-    tenant(LlamaForCausalLM.from_pretrained(base), 7).save_pretrained(folder)
+    tenant_of(LlamaForCausalLM.from_pretrained(base), 7).save_pretrained(folder)
     return folder
 
 
@@ -65,7 +41,7 @@ def stage(base):
     loaded = LlamaForCausalLM.from_pretrained(base)
     model = MultiLoraModel(copy.deepcopy(loaded))
     for seed, name in enumerate(TENANTS):
-        model.load_adapter(name, tenant(loaded, seed))
+        model.load_adapter(name, tenant_of(loaded, seed))
     with Stage(str(base), model, AutoTokenizer.from_pretrained(base), prompts=["Hello there"]) as stage:
         yield stage
 

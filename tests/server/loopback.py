@@ -5,9 +5,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-import torch
 import uvicorn
-from peft import LoraConfig, get_peft_model
 
 from lorakit import Engine, MultiLoraModel
 from lorakit.engine.config import EngineConfig
@@ -16,13 +14,6 @@ from lorakit.server.served import Served
 
 BASE = "org/tiny"
 TENANTS = ("sql", "poet", "clerk")
-
-
-def tenant(base, seed):
-    """PEFT's model of a tenant."""
-    torch.manual_seed(seed + 1)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    return get_peft_model(copy.deepcopy(base), config)
 
 
 @contextmanager

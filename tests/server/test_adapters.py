@@ -6,7 +6,8 @@ import json
 import httpx
 import openai
 import pytest
-from loopback import BASE, serving, tenant, until
+from loopback import BASE, serving, until
+from speaking import tenant_of
 
 from lorakit.server.access import Access
 from lorakit.server.accounts import Account, Accounts
@@ -21,8 +22,8 @@ def root(tmp_path_factory, base):
     """A folder with checkpoints, and one beside it."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for seed, name in enumerate(("one", "two")):
-        tenant(base, 10 + seed).save_pretrained(folder / "root" / name)
-    tenant(base, 12).save_pretrained(folder / "secret")
+        tenant_of(base, 10 + seed).save_pretrained(folder / "root" / name)
+    tenant_of(base, 12).save_pretrained(folder / "secret")
     (folder / "root" / "link").symlink_to(folder / "secret")
     (folder / "root" / "bad").mkdir()
     (folder / "root" / "bad" / "adapter_config.json").write_text("{}")
@@ -178,7 +179,7 @@ def test_many_at_once(app, http, client, root):
         assert http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
 
 
-def test_an_adapter_is_loaded_for_a_tenant(base, tenants, tokenizer, root, tmp_path):
+def test_an_adapter_is_loaded_for_a_tenant_of(base, tenants, tokenizer, root, tmp_path):
     accounts = Accounts(tmp_path / "tenants.db", create=True)
     for name in ("acme", "rival"):
         accounts.add(Account(name))

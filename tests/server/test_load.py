@@ -13,7 +13,8 @@ from collections import Counter
 import httpx
 import psutil
 import pytest
-from loopback import BASE, serving, tenant, until
+from loopback import BASE, serving, until
+from speaking import tenant_of
 
 import lorakit
 from lorakit.server.access import Access
@@ -42,7 +43,7 @@ def app(base, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("load")
     names = [f"tenant-{number}" for number in range(TENANTS)]
     for seed in range(4):  # contents; names share them
-        tenant(base, seed).save_pretrained(folder / f"peft-{seed}")
+        tenant_of(base, seed).save_pretrained(folder / f"peft-{seed}")
     sources = {name: folder / f"peft-{number % 4}" for number, name in enumerate(names)}
     bank = lorakit.export(sources, folder / "bank", base_model=base)
     accounts = Accounts(folder / "tenants.db", create=True)
