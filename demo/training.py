@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -95,11 +96,10 @@ class Trainer:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         with log.open("wb") as sink:
             child = subprocess.Popen(
-                [sys.executable, "-m", "lorakit", "train", str(recipe)],
+                [*_last(), sys.executable, "-m", "lorakit", "train", str(recipe)],
                 stdout=sink,
                 stderr=sink,
                 env={**os.environ, **threads, "PYTHONUNBUFFERED": "1"},
-                preexec_fn=_be_last if os.name == "posix" else None,
                 start_new_session=True,
             )
         try:
@@ -123,8 +123,9 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _be_last() -> None:
-    os.nice(19)
+def _last() -> list[str]:
+    """What makes a command wait for all others."""
+    return ["nice", "-n", "19"] if shutil.which("nice") else []
 
 
 def _progress(log: Path) -> Progress:

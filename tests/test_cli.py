@@ -330,6 +330,14 @@ def test_text_is_shown_as_it_is(lorakit_, place):
         ("train base/config.json --set x=[", r"--set 'x=\[': the value is no YAML; quote it"),
         ("train base/config.json", r"base/config.json: Unknown key"),
         ("bench gone", r"there is no benchmark 'gone'; there are "),
+        ("serve base --bank bank --dtype int8", "'int8' is unknown"),
+        ("serve base --bank bank --log-format xml", "'xml' is unknown"),
+        ("serve base --bank bank --admin-key short", "shorter than 16"),
+        ("serve base --bank bank --adapter-hub", "set LORAKIT_ADMIN_KEY"),
+        ("serve base --bank bank --tenants none.db", "no file of tenants at none.db"),
+        ("demo base", "belong together"),
+        ("demo --bank bank", "belong together"),
+        ("demo nowhere --bank bank", "nowhere"),
     ],
 )
 def test_mistakes(refused, place, args, message):
@@ -487,7 +495,8 @@ def test_the_typer_app_raises_typed_errors(place):
 
 
 @pytest.mark.parametrize("command", [[], ["export"], ["inspect"], ["verify"], ["remove"], ["merge"], ["export-peft"],
-                                     ["generate"], ["train"], ["quickstart"], ["bench"]])  # fmt: skip
+                                     ["push"], ["pull"], ["generate"], ["serve"], ["demo"], ["tenants"],
+                                     ["tenants", "add"], ["simulate"], ["train"], ["quickstart"], ["bench"]])  # fmt: skip
 def test_help_of_every_command(lorakit_, command):
     outcome = lorakit_(*command, "--help")
     assert outcome.code == 0 and "Usage: " in outcome.out and outcome.err == ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from lorakit.server.faults import Fault, log
 from lorakit.server.served import Served
 
 _LONGEST = 4096
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 class LoadBody(BaseModel):
@@ -77,7 +79,8 @@ class Sources:
                 folder = Path(os.path.realpath(root / path))  # of links too
                 if folder.is_relative_to(root) and folder.is_dir():
                     return str(folder)
-        if self._hub and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        # What lies beside the server by that name would be loaded in the place of the Hub's.
+        if self._hub and _HUB_ID.fullmatch(path) and not os.path.lexists(path):
             return path
         allowed = ["a folder below one of --adapter-root"] * bool(self._roots) + ["a Hub id"] * self._hub
         where = " or ".join(allowed) or "nothing, as neither --adapter-root nor --adapter-hub is set"

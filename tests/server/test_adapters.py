@@ -153,11 +153,18 @@ def test_without_an_administrator_there_is_no_such_route(url):
         assert "/v1/load_lora_adapter" not in http.get("/openapi.json").json()["paths"]
 
 
-def test_the_hub_only_if_it_is_allowed(monkeypatch):
+def test_the_hub_only_if_it_is_allowed(monkeypatch, tmp_path):
     from lorakit.server.faults import Fault
 
+    (tmp_path / "org" / "beside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     assert Sources(hub=True).find("org/model") == "org/model"
-    for sources, path in ((Sources(), "org/model"), (Sources(hub=True), "../model"), (Sources(hub=True), "a/b/c")):
+    for sources, path in (
+        (Sources(), "org/model"),
+        (Sources(hub=True), "../model"),
+        (Sources(hub=True), "a/b/c"),
+        (Sources(hub=True), "org/beside"),
+    ):
         with pytest.raises(Fault):
             sources.find(path)
 
