@@ -496,7 +496,8 @@ def test_the_typer_app_raises_typed_errors(place):
 
 @pytest.mark.parametrize("command", [[], ["export"], ["inspect"], ["verify"], ["remove"], ["merge"], ["export-peft"],
                                      ["push"], ["pull"], ["generate"], ["serve"], ["demo"], ["tenants"],
-                                     ["tenants", "add"], ["simulate"], ["train"], ["quickstart"], ["bench"]])  # fmt: skip
+                                     ["tenants", "add"], ["simulate"], ["train"], ["quickstart"],
+                                     ["bench"]])  # fmt: skip
 def test_help_of_every_command(lorakit_, command):
     outcome = lorakit_(*command, "--help")
     assert outcome.code == 0 and "Usage: " in outcome.out and outcome.err == ""
