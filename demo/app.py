@@ -42,6 +42,7 @@ def build(stage: Stage, *, folder: Path) -> gr.Blocks:
         folder: for what visitors bring and train; it is there.
     """
     pulses, trainer, numbers = PulseTaker(stage), Trainer(stage.base), itertools.count()
+    at_first = stage.tenants
 
     def ask(prompt: str, tenants: Sequence[str], tokens: float) -> Iterator[str]:
         try:
@@ -150,7 +151,8 @@ def build(stage: Stage, *, folder: Path) -> gr.Blocks:
         take.click(bring, [files, brought_name, who], [brought, who, brought_name], **free)
         training = begin.click(train, [table, trained_name, epochs, who], [trained, who], **free)
         cancel.click(lambda: "<p>Cancelled.</p>", outputs=trained, cancels=[training], **free)
-        page.load(lambda chosen: _choices(stage, chosen), who, who, **free)
+        # What has come since the page was made; what the visitor does at once must not be undone.
+        page.load(lambda chosen: gr.skip() if stage.tenants == at_first else _choices(stage, chosen), who, who, **free)
     return page
 
 

@@ -51,6 +51,7 @@ class Card:
         body = f'<p class="error" role="alert">{escape(str(error))}</p>' if error else self._text(done)
         kind = "the base alone" if self._name == BASE else "adapter"
         look = f'style="--tenant:{colour(self._name, list(tenants))}" aria-busy="{str(not done).lower()}"'
+        look += f' data-request="{self._handle.id}"'
         head = f"<header><b>{escape(self._name)}</b> <span>{kind}</span></header>"
         return f"<article {look}>{head}{body}<footer>{self._told()}</footer></article>"
 

@@ -108,5 +108,5 @@ def test_the_server_takes_a_hub_id(place, hub, monkeypatch):
     monkeypatch.setattr("lorakit.server.serve.read_tokenizer", lambda _: None)
     monkeypatch.setattr("lorakit.server.serve.MultiLoraModel.from_pretrained", stop)
     with pytest.raises(Enough):
-        load(Settings(str(Path("base")), "me/bank", revision="v1"))
+        load(Settings(str(Path("base")), "me/bank", revision="v1"), lambda _: None)
     assert opened == [(("me/bank",), {"revision": "v1"})]

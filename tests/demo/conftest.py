@@ -55,7 +55,8 @@ def url(stage, tmp_path_factory):
     page.close()
 
 
-@pytest.fixture(scope="session")
+# Of one file: while it is open there is an event loop in this thread, which others' tests would find.
+@pytest.fixture(scope="module")
 def browser():
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:

@@ -20,7 +20,7 @@ import lorakit
 from lorakit.server.access import Access
 from lorakit.server.accounts import Account, Accounts
 
-SECONDS = float(os.environ.get("LORAKIT_LOAD_SECONDS", "12"))
+SECONDS = float(os.environ.get("LORAKIT_LOAD_SECONDS", "6"))
 CONNECTIONS, TENANTS = 64, 32
 ADMIN = "an-administrators-key"
 

@@ -46,7 +46,7 @@ def test_every_route(schema, method, path, mode):
     operation = schema[path][method]
 
     @settings(
-        max_examples=15,
+        max_examples=10,
         deadline=None,
         derandomize=True,
         database=None,
