@@ -148,31 +148,32 @@ def test_a_checkpoint_is_brought_and_used_at_once(visit, stage, checkpoint, tmp_
     stage.model.unload_adapter(name)
 
 
-@pytest.mark.parametrize(
-    ("files", "name", "told"),
-    [
-        ([], "x", "Choose the files"),
-        (["adapter_config.json"], "x", "adapter_model.safetensors is missing"),
-        (["bad/adapter_config.json", "adapter_model.safetensors"], "x", "peft_type"),
-        (["adapter_config.json", "adapter_model.safetensors"], "sql", "already serves an adapter 'sql'"),
-        (["adapter_config.json", "adapter_model.safetensors"], "a/b", "a/b"),
-        (["broken.zip"], "x", "cannot be unpacked"),
-    ],
-)
-def test_a_bad_upload_is_told_in_words(visit, stage, checkpoint, tmp_path, files, name, told):
+BAD = [
+    ([], "x", "Choose the files"),
+    (["adapter_config.json"], "x", "adapter_model.safetensors is missing"),
+    (["bad/adapter_config.json", "adapter_model.safetensors"], "x", "peft_type"),
+    (["adapter_config.json", "adapter_model.safetensors"], "sql", "already serves an adapter 'sql'"),
+    (["adapter_config.json", "adapter_model.safetensors"], "a/b", "a/b"),
+    (["broken.zip"], "x", "cannot be unpacked"),
+]
+
+
+def test_bad_uploads_are_told_in_words(visit, stage, checkpoint, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "adapter_config.json").write_text("{}")
     (tmp_path / "broken.zip").write_bytes(b"PK no archive")
-    page, before = visit(), stage.tenants
-    if files:
-        found = [path if (path := tmp_path / file).exists() else checkpoint / file for file in files]
-        page.locator("#files input[type=file]").set_input_files(found)
-        expect(page.locator("#files")).to_contain_text(found[0].stem[:8])
-    page.locator("#brought-name").get_by_role("textbox").fill(name)
-    page.locator("#bring").click()
-    expect(page.locator("#brought [role=alert]")).to_contain_text(told)
-    assert "Traceback" not in page.content() and stage.tenants == before
-    ask(page)
+    before = stage.tenants
+    for files, name, told in BAD:
+        page = visit()
+        if files:
+            found = [path if (path := tmp_path / file).exists() else checkpoint / file for file in files]
+            page.locator("#files input[type=file]").set_input_files(found)
+            expect(page.locator("#files")).to_contain_text(found[0].stem[:8])
+        page.locator("#brought-name").get_by_role("textbox").fill(name)
+        page.locator("#bring").click()
+        expect(page.locator("#brought [role=alert]")).to_contain_text(told)
+        assert "Traceback" not in page.content() and stage.tenants == before
+    ask(page)  # nothing is broken
     assert set(answers(page)) == {"base", "sql", "poet"}
 
 
