@@ -525,6 +525,7 @@ def test_a_real_run(place):
     assert done.err == "error: no adapter 'x' in bank 'new'. It holds sql. Names are case-sensitive.\n"
 
 
+@pytest.mark.long
 def test_a_reader_that_stops_early_and_an_output_that_is_full(place):
     process = subprocess.Popen(
         [sys.executable, "-m", "lorakit", "inspect", "bank", "sql"],
@@ -548,6 +549,7 @@ def test_a_reader_that_stops_early_and_an_output_that_is_full(place):
     assert done.stderr == "error: No space left on device. Check the path, its permissions and the free space.\n"
 
 
+@pytest.mark.long
 def test_names_that_are_no_text(place):
     name = os.fsdecode(b"bank-\xff")
     shutil.copytree("bank", place / name)

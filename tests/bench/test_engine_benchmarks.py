@@ -43,6 +43,7 @@ def test_steps(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("processes")
 def test_a_base_shared_by_processes(tmp_path):
     steps = Steps(prompt=5, short=2, long=6, runs=1)

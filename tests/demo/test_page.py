@@ -116,6 +116,7 @@ def test_a_visitor_who_goes_ends_its_requests(visit, stage, slow):
     until(lambda: stage.engine.stats().open == 0, seconds=3)
 
 
+@pytest.mark.long
 def test_visitors_do_not_wait_for_each_other(visit, slow):
     pages = [visit(), visit()]
     for page, prompt in zip(pages, ("one", "two"), strict=True):
@@ -177,6 +178,7 @@ def test_bad_uploads_are_told_in_words(visit, stage, checkpoint, tmp_path):
     assert set(answers(page)) == {"base", "sql", "poet"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_tenant_is_trained_and_joins(visit, stage):
     page = visit()

@@ -144,6 +144,7 @@ def test_compiled_equals_eager_without_graph_breaks(model):
     torch.testing.assert_close(compiled(input_ids=ids, adapter_ids=IDS).logits, eager[0])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @torch.no_grad()
 def test_an_inductor_compiled_base_equals_eager(model):

@@ -114,6 +114,7 @@ async def load(app, seconds):
     return told
 
 
+@pytest.mark.long
 def test_a_server_under_load(app):
     engine, process = app.served.engine, psutil.Process()
 
