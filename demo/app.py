@@ -206,5 +206,4 @@ def _training(progress: Progress) -> str:
     points = " ".join(f"{100 * i / count:.1f},{46 - 44 * loss / most:.1f}" for i, loss in enumerate(progress.losses))
     box = 'viewBox="0 0 100 48" preserveAspectRatio="none" aria-hidden="true"'
     line = f'<svg class="spark" {box}><polyline points="{points}"/></svg>'
-    meter = f'<span class="meter"><b style="width:{share:.0f}%"></b></span>'
-    return f'<div role="status"><p>{told}</p>{meter}{line if len(progress.losses) > 1 else ""}</div>'
+    return f'<div role="status"><p>{told}</p>{batch_view.meter(share)}{line if len(progress.losses) > 1 else ""}</div>'

@@ -74,6 +74,12 @@ def colour(name: str, tenants: list[str]) -> str:
     return f"hsl({_HUES[place % len(_HUES)]} 62% 42%)"
 
 
+def meter(percent: float, colour: str | None = None) -> str:
+    """A bar that is filled so far; None: in the page's own colour."""
+    fill = f"width:{percent:.0f}%" + (f";background:{colour}" if colour else "")
+    return f'<span class="meter"><b style="{fill}"></b></span>'
+
+
 def draw(pulse: Pulse, stage: Stage) -> str:
     """All of it, as HTML."""
     return (
@@ -113,16 +119,15 @@ def _memory(pulse: Pulse, stage: Stage) -> str:
 def _bar(name: str, tier: Tier) -> str:
     share = 100 * tier.nbytes / tier.limit if tier.limit else 0.0
     limit = f" of {human_bytes(tier.limit)}" if tier.limit else ""
-    meter = f'<span class="meter"><b style="width:{min(100, share):.0f}%"></b></span>' if tier.limit else ""
     told = f"{name}: {tier.adapters} adapters, {human_bytes(tier.nbytes)}{limit}"
-    return f'<div class="tier"><span>{told}</span>{meter}</div>'
+    return f'<div class="tier"><span>{told}</span>{meter(min(100, share)) if tier.limit else ""}</div>'
 
 
 def _tokens(pulse: Pulse, tenants: list[str]) -> str:
     most = max(pulse.rates.values(), default=1.0)
     lines = [
-        f'<div class="rate"><span>{escape(name)}</span><span class="meter"><b style="width:{100 * rate / most:.0f}%;'
-        f'background:{colour(name, tenants)}"></b></span><span>{rate:.1f}/s</span></div>'
+        f'<div class="rate"><span>{escape(name)}</span>{meter(100 * rate / most, colour(name, tenants))}'
+        f"<span>{rate:.1f}/s</span></div>"
         for name, rate in sorted(pulse.rates.items())
     ]
     return f"<section><h4>Tokens a second</h4>{''.join(lines) or '<p>none</p>'}</section>"

@@ -33,14 +33,14 @@ def least_gpu_time(trace: Iterable[Asked], costs: Costs, limits: Limits, ranks: 
         limits: of a replica.
         ranks: of the adapters, see `Hardware`.
     """
-    shared = costs.step + costs.lora + costs.rank * min(ranks)
+    shared = _shared(costs, ranks)
     tokens = decoded = context = prompt = requests = 0
     for one in trace:
         steps = one.new_tokens - 1  # the first token comes with the prompt
         requests += 1
         tokens += one.new_tokens
         decoded += steps
-        context += steps * one.prompt_tokens + steps * (steps + 1) // 2
+        context += _context(one)
         prompt += one.prompt_tokens
     batches = (tokens * shared + requests * costs.prompts) / limits.batch
     return math.floor(batches) + decoded * costs.row + context * costs.context + prompt * costs.prompt
@@ -55,12 +55,11 @@ def clairvoyant_gpu_time(trace: Iterable[Asked], costs: Costs, limits: Limits, r
         limits: of a replica.
         ranks: of the adapters, see `Hardware`.
     """
-    shared = costs.step + costs.lora + costs.rank * min(ranks)
+    shared = _shared(costs, ranks)
     changes: list[tuple[int, int]] = []
     for one in trace:
         steps = one.new_tokens - 1
-        context = steps * one.prompt_tokens + steps * (steps + 1) // 2
-        own = costs.prompts + costs.prompt * one.prompt_tokens + steps * costs.row + context * costs.context
+        own = costs.prompts + costs.prompt * one.prompt_tokens + steps * costs.row + _context(one) * costs.context
         arrival = round(one.arrival * SECOND)
         # A full batch's rows are served side by side, so one takes as long as a batch of its like.
         changes += [(arrival, 1), (arrival + one.new_tokens * shared + limits.batch * own, -1)]
@@ -69,3 +68,14 @@ def clairvoyant_gpu_time(trace: Iterable[Asked], costs: Costs, limits: Limits, r
         found += (time - last) * -(-running // limits.batch)
         running, last = running + change, time
     return found
+
+
+def _shared(costs: Costs, ranks: tuple[int, ...]) -> int:
+    """What a forward costs whoever is in it, with the least adapter."""
+    return costs.step + costs.lora + costs.rank * min(ranks)
+
+
+def _context(one: Asked) -> int:
+    """Tokens that a request's steps look at, summed; its first token comes with the prompt."""
+    steps = one.new_tokens - 1
+    return steps * one.prompt_tokens + steps * (steps + 1) // 2

@@ -100,11 +100,10 @@ class Access:
             Fault: the key is missing or wrong.
         """
         key = _bearer(headers)
-        is_admin = self._is_admin(key)
         if self.accounts is None:
             return Caller()
         account = self.accounts.owner_of(key)
-        if is_admin:
+        if self._is_admin(key):
             return Caller()
         if account is None:
             what = "is wrong" if key else "is missing; send it as 'Authorization: Bearer KEY'"
