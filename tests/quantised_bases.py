@@ -199,15 +199,43 @@ def _bitsandbytes(**options: Any) -> Callable[[], Any]:
 
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def _in_bfloat16(load: Callable[..., PreTrainedModel], used: bool) -> Callable[..., PreTrainedModel]:
+    """bitsandbytes' 4 bits with or without what it does on CPUs that multiply in bfloat16."""
+
+    def loaded(folder: Path, device: str) -> PreTrainedModel:
+        model = load(folder, device)
+        layers = [layer for layer in model.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
+        if used and not (device == "cpu" and layers and all(layer.support_avx512bf16_for_cpu for layer in layers)):
+            pytest.skip("this is no CPU that multiplies in bfloat16")
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = used
+        return model
+
+    return loaded
+
+
 _HALF = 2e-3  # of float16 and bfloat16, where a sum in another order is another sum
 _DYNAMIC = 0.03  # the layers round their inputs too, and a last bit more or less there moves a whole step
 
 KINDS = {
-    "bitsandbytes-nf4": Kind(("bitsandbytes",), _by_transformers(_bitsandbytes(**_NF4)), "bitsandbytes 4-bit nf4"),
+    "bitsandbytes-nf4": Kind(
+        ("bitsandbytes",), _in_bfloat16(_by_transformers(_bitsandbytes(**_NF4)), False), "bitsandbytes 4-bit nf4"
+    ),
     "bitsandbytes-double": Kind(
         ("bitsandbytes",),
-        _by_transformers(_bitsandbytes(**_NF4, bnb_4bit_use_double_quant=True)),
+        _in_bfloat16(_by_transformers(_bitsandbytes(**_NF4, bnb_4bit_use_double_quant=True)), False),
         "bitsandbytes 4-bit nf4 double",
+    ),
+    "bitsandbytes-nf4-bfloat16": Kind(
+        ("bitsandbytes",),
+        _in_bfloat16(_by_transformers(_bitsandbytes(**_NF4)), True),
+        "bitsandbytes 4-bit nf4",
+        dora=False,  # PEFT reads the weight as if it lay in its first order
+        tolerance=5 * _HALF,
+        product=2 * _HALF,
+        rows=5 * _HALF,
     ),
     # Without its outliers, which are columns of a whole batch: so that a row does not depend on the others there.
     "bitsandbytes-int8": Kind(

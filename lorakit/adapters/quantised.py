@@ -83,6 +83,8 @@ def dequantised(module: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         if hasattr(module, "W_q"):
             unpacked: torch.Tensor = module.dequantize()  # type: ignore[operator]
+        elif _is_packed_again(weight):
+            unpacked = _product_with_identity(module)
         elif type(weight).__name__ in ("Params4bit", "Int8Params"):
             # PEFT's function for a module would put a new weight into it.
             unpacked = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
@@ -168,6 +170,13 @@ def _unpacks_itself(weight: torch.Tensor) -> bool:
     return type(weight).dequantize is not torch.Tensor.dequantize
 
 
+def _is_packed_again(weight: torch.Tensor | None) -> bool:
+    """Whether bitsandbytes has packed 4 bits in another order, as it does at a module's first product on a CPU that
+    multiplies in bfloat16. The scales are rounded to bfloat16 then, and what unpacks the first order reads noise.
+    """
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
 def _is_torchao(weight: torch.Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
@@ -202,5 +211,6 @@ def _product_with_zeros(module: nn.Module) -> torch.Tensor:
 def _zeros(module: nn.Module, rows: int) -> torch.Tensor:
     """(rows, in) of the dtype that a module is given, on its device."""
     own = own_tensors(module)
-    dtype = next((tensor.dtype for tensor in own if tensor.dtype in _PLAIN), torch.float16)
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    dtype = next((tensor.dtype for tensor in own if tensor.dtype in _PLAIN), getattr(state, "dtype", torch.float16))
     return torch.zeros(rows, int(module.in_features), dtype=dtype, device=own[0].device)  # type: ignore[arg-type]

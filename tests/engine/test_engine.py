@@ -114,7 +114,8 @@ def test_stats_tell_how_mixed_batches_are(model):
         engine.generate(prompts, max_new_tokens=5, progress=False)
         stats = engine.stats()
         assert stats.steps >= 5 and stats.segments == stats.steps
-        engine.generate(prompts, ["lora", "dora", None], max_new_tokens=5, progress=False)
+        # So many that they are in one batch for most of the time, however fast adapters come and tokens are made.
+        engine.generate(prompts, ["lora", "dora", None], max_new_tokens=40, progress=False)
         more = engine.stats()
         assert more.segments - stats.segments > 2 * (more.steps - stats.steps) > 0
         engine.generate(prompts, "lora", max_new_tokens=5, progress=False)
@@ -417,10 +418,11 @@ def test_stats_tell_who_runs_and_what_tenants_had(bank):
         assert stats.open == 3 and stats.loads.copies == 1 <= stats.loads.reads
         assert stats.tenants["t"].running == 2 and stats.tenants["dora"].waiting == 2
         tokens = stats.tenants["t"].generated_tokens
+        waited = time.monotonic() - waits.submitted
         for handle in long:
             handle.cancel()
-        assert waits.results(60)[1].queued > 0
-        assert long[0].completion().queued < waits.completion().queued
+        assert min(one.queued for one in waits.results(60)) >= waited
+        assert 0 < long[0].completion().queued < long[0].completion().times[0]
         found = engine.stats().tenants
         assert found["dora"] == (1, len(PROMPT), 0, 6, 0, 0)
         assert found["t"].requests == 2 and tokens <= found["t"].generated_tokens == sum(h.generated for h in long)
