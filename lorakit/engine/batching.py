@@ -90,9 +90,10 @@ class State(RequestState):
         request = job.request
         return cls(
             request_id=job.id,
-            initial_tokens=list(request.prompt),
-            max_new_tokens=request.max_new_tokens,
+            initial_tokens=[*request.prompt, *request.streamed],
+            max_new_tokens=request.max_new_tokens - len(request.streamed),
             eos_token_id=sorted(request.stop_token_ids),
+            _true_initial_tokens=len(request.prompt) if request.streamed else 0,
             job=job,
         )
 
@@ -148,7 +149,7 @@ class Cache(PagedAttentionCache):
         """The number of tokens at the prompt's beginning that some request of the same content has computed."""
         job = self.owners[request_id]
         found: int = super().search_prefix_match(request_id, self._salted(prompt_ids, job))
-        if not job.generated:  # one that left the batch may find its own
+        if not job.begun:  # one that left the batch may find its own
             job.cached = found
         return found
 
@@ -277,7 +278,7 @@ class SharedScheduler(_Owning):
     def _get_waiting_candidates(self) -> list[RequestState]:
         places = max(0, self.max_requests_per_batch - len(self.active_requests))
         # Those that had to leave the batch come first.
-        return sorted(self.waiting_requests.values(), key=lambda state: not state.job.generated)[:places]
+        return sorted(self.waiting_requests.values(), key=lambda state: not state.job.begun)[:places]
 
 
 class Rows:

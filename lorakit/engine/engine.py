@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,15 +27,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
-from lorakit.adapters import names
 from lorakit.engine.admission import Admission
 from lorakit.engine.batching import Batching, Chooser, blocks_in
 from lorakit.engine.checks import shown
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.handle import Completion, RequestHandle
+from lorakit.engine.intake import Intake
 from lorakit.engine.job import Job
 from lorakit.engine.orders import Follower, Leader
-from lorakit.engine.request import Request, check_added, stop_strings, stop_tokens, token_ids
+from lorakit.engine.request import Request
 from lorakit.engine.residency import Residency
 from lorakit.engine.stats import EngineState, EngineStats, Ledger, Loads, Tier
 from lorakit.engine.stopping import Decode
@@ -54,9 +53,6 @@ from lorakit.errors import (
 from lorakit.runtime.model import MultiLoraModel
 
 _T = TypeVar("_T")
-
-NEW_TOKENS = 256
-"""The most tokens that are generated if nothing else is said."""
 
 _CPU_CACHE = 1 << 30
 _log = logging.getLogger(__name__)
@@ -105,6 +101,7 @@ class Engine:
         self._chooser: Chooser | None = None
         self._restarting: threading.Thread | None = None
         self._done = _Rate()
+        self._intake = Intake(model.config, model.generation_config, model, lambda: self.capacity, decode)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -276,6 +273,21 @@ class Engine:
         )
         return self._queue(request)
 
+    def take(self, request: Request) -> RequestHandle:
+        """Queues a request that was checked elsewhere, for the same base, and may have begun there: see `streamed`.
+
+        Returns:
+            What its new tokens are read from.
+
+        Raises:
+            AdapterNotFoundError, EngineBusyError, EngineError: as `submit` raises them.
+        """
+        if not self.leads:
+            raise EngineError("requests are submitted in the first of the processes alone; ask engine.leads before.")
+        if request.adapter is not None:
+            self.model.adapter(request.adapter)
+        return self._queue(request)
+
     def generate(
         self,
         prompts: Iterable[Sequence[int]],
@@ -364,53 +376,12 @@ class Engine:
             tenants=self._requests.tenants(),
         )
 
-    def _request(
-        self,
-        prompt: Sequence[int],
-        adapter_id: str | None,
-        *,
-        max_new_tokens: int | None,
-        seed: int | None,
-        stop: str | Iterable[str] | None,
-        stop_token_ids: int | Iterable[int] | None,
-        ignore_eos: bool,
-        tenant: str | None,
-        **plain: Any,
-    ) -> Request:
+    def _request(self, prompt: Sequence[int], adapter_id: str | None, **settings: Any) -> Request:
         """A request as `submit` takes it, checked against the model and the cache."""
         if not self.leads:
             raise EngineError("requests are submitted in the first of the processes alone; ask engine.leads before.")
-        batching = self._running()
-        if adapter_id is not None and not isinstance(adapter_id, str):
-            raise names.not_found(adapter_id, self.model.adapters, "the model")
-        adapter = None if adapter_id is None else self.model.adapter(adapter_id)
-        base_vocabulary = self.model.config.get_text_config().vocab_size
-        vocabulary = base_vocabulary + (0 if adapter is None else adapter.added)
-        texts = stop_strings(stop)
-        if texts and self._decode is None:
-            raise ConfigError("stop strings need text: make the engine with decode=tokenizer.decode.")
-        ids = token_ids(prompt, vocabulary)
-        if adapter is not None:
-            check_added(ids, base_vocabulary, adapter)
-        what, room = self._room(batching)
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(NEW_TOKENS, room - len(ids)))
-        request = Request(
-            prompt=ids,
-            adapter=adapter_id,
-            max_new_tokens=max_new_tokens,
-            seed=random.getrandbits(63) if seed is None else seed,
-            stop_token_ids=stop_tokens(stop_token_ids, vocabulary) | (set() if ignore_eos else self._eos()),
-            stop_strings=texts,
-            tenant=tenant if tenant is not None else adapter_id or "",
-            **plain,
-        )
-        if len(ids) + max_new_tokens > room:
-            raise RequestError(
-                f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} are {len(ids) + max_new_tokens}, "
-                f"and {what} {room}; shorten one of them."
-            )
-        return request
+        self._running()
+        return self._intake.request(prompt, adapter_id, **settings)
 
     def _queue(self, request: Request) -> RequestHandle:
         self._check_may_ever_wait(request)
@@ -450,19 +421,6 @@ class Engine:
                 return call()
             except EngineBusyError:
                 time.sleep(0.05)
-
-    def _room(self, batching: Batching) -> tuple[str, int]:
-        """What limits a sequence's length, and to how many tokens."""
-        limits = {"the key-value cache holds": batching.capacity}
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None:
-            limits["the model has positions for"] = positions
-        return min(limits.items(), key=lambda limit: limit[1])
-
-    def _eos(self) -> set[int]:
-        eos = self.model.generation_config.eos_token_id
-        eos = self.model.config.get_text_config().eos_token_id if eos is None else eos
-        return {eos} if isinstance(eos, int) else set(eos or ())
 
     def _cancel(self, handle: RequestHandle) -> None:
         batching = self._batching

@@ -34,7 +34,7 @@ class Job:
         start: the token from which on its adapter acts.
         base_salt: four 32-bit numbers that stand for the request's salt of the prefix cache; None for none.
         salt: the same of the adapter's content and `start` too; `base_salt` for the base.
-        generated: its tokens.
+        generated: its tokens, those that another engine has generated among them.
         cached: tokens of its prompt that the prefix cache had.
         joined: when it first was in the batch, by `time.monotonic`; None before.
         over: whether it has ended, for whatever reason.
@@ -63,19 +63,24 @@ class Job:
         salt = self.request.cache_salt
         self.base_salt = _salt(f"/{salt}") if salt else None
         self.salt = self.base_salt
-        self.generated: list[int] = []
+        self.generated = list(self.request.streamed)
         self.cached = 0
         self.joined: float | None = None
         self.over = False
         strings = self.request.stop_strings
         assert decode is not None or not strings
         self._stopping = StopStrings(strings, decode) if decode is not None and strings else None
-        self._seed = f"{self.request.seed}/{sequence}"
+        self._seed = f"{self.request.seed}/{self.request.drawn_as + sequence}"
 
     @property
     def adapter(self) -> str | None:
         """Its adapter's name."""
         return self.request.adapter
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has got a token here."""
+        return len(self.generated) > len(self.request.streamed)
 
     @property
     def cost(self) -> int:

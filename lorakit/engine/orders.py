@@ -127,7 +127,7 @@ class Leader:
         """
         self._admission.admitted(running)
         self._admission.let_go(lambda key: key in running or key in joining or key in self._waiting)
-        places -= len(running) + sum(bool(job.generated) for job in joining.values())
+        places -= len(running) + sum(job.begun for job in joining.values())
         # One that was offered before is named again until it runs.
         jobs = [job for job in self._admission.candidates(places, idle=not running) if job.id in self._waiting]
         self._offered = jobs

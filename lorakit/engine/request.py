@@ -40,6 +40,9 @@ class Request:
         deadline: seconds from its submission after which it fails, or None.
         tenant: whose turn it takes.
         cache_salt: only requests of the same salt share blocks of the prefix cache with it.
+        streamed: tokens that another engine has generated for it: it goes on behind them. They are among its new
+            tokens, and are not given again.
+        drawn_as: of a request whose sequences are served apart, which one this is; it is drawn as there.
     """
 
     prompt: tuple[int, ...]
@@ -57,6 +60,8 @@ class Request:
     deadline: float | None
     tenant: str
     cache_salt: str
+    streamed: tuple[int, ...] = ()
+    drawn_as: int = 0
 
     def __post_init__(self) -> None:
         plain: dict[str, object] = {

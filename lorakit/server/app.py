@@ -19,8 +19,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorakit.engine.engine import NEW_TOKENS
 from lorakit.engine.handle import RequestHandle
+from lorakit.engine.intake import NEW_TOKENS
 from lorakit.errors import LorakitError
 from lorakit.server import faults
 from lorakit.server.access import Access, Caller
