@@ -35,9 +35,10 @@ from lorakit.engine.handle import Completion, RequestHandle
 from lorakit.engine.intake import Intake
 from lorakit.engine.job import Job
 from lorakit.engine.orders import Follower, Leader
+from lorakit.engine.rate import Rate
 from lorakit.engine.request import Request
 from lorakit.engine.residency import Residency
-from lorakit.engine.stats import EngineState, EngineStats, Ledger, Loads, Tier
+from lorakit.engine.stats import EngineState, EngineStats, Ledger, Load, Loads, Tier
 from lorakit.engine.stopping import Decode
 from lorakit.engine.tenants import TenantPolicy, Tenants
 from lorakit.engine.turned import turned
@@ -100,7 +101,7 @@ class Engine:
         self._residency: Residency | None = None
         self._chooser: Chooser | None = None
         self._restarting: threading.Thread | None = None
-        self._done = _Rate()
+        self._done = Rate()
         self._intake = Intake(model.config, model.generation_config, model, lambda: self.capacity, decode)
 
     def __enter__(self) -> Self:
@@ -127,6 +128,20 @@ class Engine:
     def capacity(self) -> int:
         """The most tokens that one sequence may have, its prompt included."""
         return self._running().capacity
+
+    @property
+    def batch(self) -> int:
+        """The most sequences that run at once."""
+        return min(self.config.max_requests or (256 if self.model.device.type == "cuda" else 32), self._batch_tokens)
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self.config.max_batch_tokens or (8192 if self.model.device.type == "cuda" else 512)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block of the key-value cache."""
+        return self.config.page_size or (256 if self.model.device.type == "cuda" else 32)
 
     def start(self) -> Self:
         """Takes the model and begins to serve.
@@ -317,7 +332,7 @@ class Engine:
         ids = list(adapter_ids)
         if len(ids) != len(prompts):
             raise AdapterIdsError(f"adapter_ids has {len(ids)} entries for {len(prompts)} prompts; give one a prompt.")
-        settings = {**_DEFAULTS, **settings}
+        settings = {**DEFAULTS, **settings}
         requests = [
             self._when_free(partial(self._request, prompt, name, **settings))
             for prompt, name in zip(prompts, ids, strict=True)
@@ -346,6 +361,15 @@ class Engine:
             raise ConfigError(f"{shown(policy)} for tenant {shown(name)}; give a TenantPolicy for a name.")
         self._policies[name] = policy
         self._tenants.change(name, policy)
+
+    def load(self) -> Load:
+        """How full it is now."""
+        batching = self._batching
+        if batching is None or self._state != "ready":
+            return Load(0, 0, 0)
+        blocks = batching.capacity // self.block_tokens
+        running = sum(handle.running for handle in self._requests.handles)
+        return Load(int(batching.free_share * blocks), running, batching.steps)
 
     def stats(self) -> EngineStats:
         """What it is doing now."""
@@ -397,10 +421,11 @@ class Engine:
                 )
             handle = RequestHandle(f"request-{next(self._ids)}", request, self._cancel, self._ended)
             shared = self.model.processes > 1
-            handle.jobs += [Job(handle, sequence, self._decode, shared=shared) for sequence in range(request.n)]
+            jobs = [Job(handle, sequence, self._decode, shared=shared) for sequence in range(request.n)]
+            handle.parts += jobs
             self._requests.open(handle)
             self._tenants.count(request.tenant, waiting=request.n)
-            for job in handle.jobs:
+            for job in jobs:
                 batching.submit(job)
         return handle
 
@@ -424,7 +449,7 @@ class Engine:
 
     def _cancel(self, handle: RequestHandle) -> None:
         batching = self._batching
-        for job in handle.jobs:
+        for job in _jobs(handle):
             job.cancel()
             if batching is not None:
                 batching.withdraw(job)
@@ -479,9 +504,8 @@ class Engine:
     def _settings(self, base: PreTrainedModel) -> ContinuousBatchingConfig:
         """transformers' settings."""
         config, cuda = self.config, self.model.device.type == "cuda"
-        page_size = config.page_size or (256 if cuda else 32)
-        max_batch_tokens = config.max_batch_tokens or (8192 if cuda else 512)
-        max_requests = min(config.max_requests or (256 if cuda else 32), max_batch_tokens)
+        page_size = self.block_tokens
+        max_batch_tokens, max_requests = self._batch_tokens, self.batch
         memory = config.cache_memory or (None if cuda else _CPU_CACHE)
         blocks = None if memory is None else blocks_in(memory, base, page_size, max_batch_tokens)
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -560,35 +584,16 @@ class Engine:
 
     def _fail_open(self, error: BaseException) -> None:
         for handle in self._requests.handles:
-            for job in handle.jobs:
+            for job in _jobs(handle):
                 job.over = True
             handle.fail(error)
 
 
-class _Rate:
-    """How fast sequences end, of late."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._since = time.monotonic()
-        self._per_second = 0.0
-
-    def count(self, sequences: int) -> None:
-        """So many have ended."""
-        with self._lock:
-            now = time.monotonic()
-            elapsed = max(now - self._since, 1e-3)
-            # An average over about the last ten.
-            self._per_second += 0.1 * (sequences / elapsed - self._per_second)
-            self._since = now
-
-    def seconds_for(self, sequences: int) -> float:
-        """After how long so many places should be free: a second at least, a minute at most."""
-        with self._lock:
-            return min(60.0, max(1.0, sequences / self._per_second if self._per_second else 1.0))
+def _jobs(handle: RequestHandle) -> list[Job]:
+    return [part for part in handle.parts if isinstance(part, Job)]
 
 
-_DEFAULTS = {
+DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Engine.submit).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY

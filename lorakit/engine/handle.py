@@ -13,12 +13,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from lorakit.engine.request import Request
-
-if TYPE_CHECKING:
-    from lorakit.engine.job import Job
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -83,6 +80,23 @@ class Completion:
         return self.times[0] if self.times else None
 
 
+class Part(Protocol):
+    """A sequence of a request, as an engine has it.
+
+    Attributes:
+        over: whether it has ended.
+        joined: when it joined the batch, by `time.monotonic`; None before.
+        cached: tokens of its prompt that the prefix cache had.
+    """
+
+    @property
+    def over(self) -> bool: ...  # noqa: D102
+    @property
+    def joined(self) -> float | None: ...  # noqa: D102
+    @property
+    def cached(self) -> int: ...  # noqa: D102
+
+
 class _Ended(NamedTuple):
     """How a sequence ended."""
 
@@ -104,7 +118,7 @@ class RequestHandle:
         id: names it in logs.
         request: what was asked for.
         submitted: when, by `time.monotonic`.
-        jobs: the engine's own, one a sequence.
+        parts: the engine's own, one a sequence.
     """
 
     def __init__(
@@ -125,7 +139,7 @@ class RequestHandle:
         self.id = id
         self.request = request
         self.submitted = time.monotonic()
-        self.jobs: list[Job] = []
+        self.parts: list[Part] = []
         self._cancel = cancel
         self._when_ended = ended
         # One lock: who waits for the end need not wake for every token.
@@ -136,7 +150,7 @@ class RequestHandle:
         self._of: list[list[Token]] = [[] for _ in range(request.n)]
         self._ended: dict[int, _Ended] = {}
         self._times: list[list[float]] = [[] for _ in range(request.n)]
-        self._listeners: list[_Listener] = []
+        self._listeners: list[Listener] = []
 
     @property
     def done(self) -> bool:
@@ -151,27 +165,27 @@ class RequestHandle:
     @property
     def cached(self) -> int:
         """Tokens of its prompt that the prefix cache had, as far as is known."""
-        return self.jobs[0].cached if self.jobs else 0
+        return self.parts[0].cached if self.parts else 0
 
     @property
     def running(self) -> int:
         """Its sequences that are in the batch."""
-        return sum(not job.over and job.joined is not None for job in self.jobs)
+        return sum(not job.over and job.joined is not None for job in self.parts)
 
     @property
     def waiting(self) -> int:
         """Its sequences that have not begun."""
-        return sum(not job.over and job.joined is None for job in self.jobs)
+        return sum(not job.over and job.joined is None for job in self.parts)
 
     @property
     def error(self) -> BaseException | None:
         """What it failed by."""
         return next((ended.error for ended in self._ended.values() if ended.error is not None), None)
 
-    def tokens(self, sequence: int = 0) -> list[Token]:
-        """What a sequence has so far."""
+    def tokens(self, sequence: int = 0, since: int = 0) -> list[Token]:
+        """What a sequence has so far, without its first `since`."""
         with self._lock:
-            return list(self._of[sequence])
+            return self._of[sequence][since:]
 
     def completion(self, sequence: int = 0) -> Completion | None:
         """A sequence's, if it has ended as it should; others may go on."""
@@ -243,7 +257,7 @@ class RequestHandle:
             LorakitError: it failed; after the tokens that there are.
         """
         seen = 0
-        with self._listening(_Listener()) as listener:
+        with self._listening(Listener()) as listener:
             while True:
                 with self._lock:
                     listener.look()
@@ -258,7 +272,7 @@ class RequestHandle:
         self._raise_error()
 
     async def _completion(self) -> Completion:
-        with self._listening(_Listener(until_the_end=True)) as listener:
+        with self._listening(Listener(until_the_end=True)) as listener:
             while not self.done:
                 await listener.news.wait()
         return self._results()[0]
@@ -331,8 +345,16 @@ class RequestHandle:
         for listener in self._listeners:
             listener.tell()
 
+    def tell(self, listener: Listener) -> None:
+        """Has a listener told of what comes, to the end; it may be told of other requests, too."""
+        with self._lock:
+            if self.done:
+                listener.tell()
+            else:
+                self._listeners.append(listener)
+
     @contextmanager
-    def _listening(self, listener: _Listener) -> Iterator[_Listener]:
+    def _listening(self, listener: Listener) -> Iterator[Listener]:
         """Has a listener told of what comes."""
         with self._lock:
             self._listeners.append(listener)
@@ -352,8 +374,8 @@ class RequestHandle:
         return [ended.completion for _, ended in sorted(self._ended.items()) if ended.completion is not None]
 
 
-class _Listener:
-    """A task of an event loop that waits. It is used with the handle's lock held, but for waiting.
+class Listener:
+    """A task of an event loop that waits for one request or many. It may be told from any thread.
 
     To tell a loop from another thread costs a system call; so one that was told, and has not looked since, is not told
     again.

@@ -70,6 +70,20 @@ class Usage(NamedTuple):
         return Usage(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
 
 
+class Load(NamedTuple):
+    """How full an engine is, at little cost.
+
+    Attributes:
+        free_blocks: of the key-value cache, those that are free or can be at once.
+        running: sequences in the batch.
+        steps: forwards since the loop began, or began anew.
+    """
+
+    free_blocks: int
+    running: int
+    steps: int
+
+
 class EngineStats(NamedTuple):
     """What an engine is doing.
 
@@ -86,6 +100,7 @@ class EngineStats(NamedTuple):
         segments: adapters that act in each of them, the base being one, summed: segments / steps is how mixed batches
             are.
         tenants: what each tenant that ever asked has had, and has.
+        replicas: engines that serve; the other numbers are their sums.
     """
 
     state: EngineState
@@ -99,6 +114,7 @@ class EngineStats(NamedTuple):
     steps: int
     segments: int
     tenants: Mapping[str, Usage]
+    replicas: int = 1
 
 
 class Ledger:

@@ -118,10 +118,10 @@ class Adapter(NamedTuple):
 
 
 class _Local(NamedTuple):
-    """An adapter that was loaded into the model alone: its slot's key, its tensors, and what activates it."""
+    """An adapter that no bank of the model's has: its slot's key, its tensors or their reader, what activates it."""
 
     key: str
-    extent: Extent
+    extent: Extent | ExtentReader
     invocation: tuple[int, ...] | None
 
 
@@ -387,6 +387,24 @@ class MultiLoraModel(nn.Module):
             if self.has_adapter(name):
                 self._forget(name)
             self._local[name] = _Local(f"{_LOCAL}{next(self._keys)}", extent, invocation)
+
+    def know_adapter(
+        self, name: str, key: str, reader: ExtentReader, invocation: tuple[int, ...] | None = None
+    ) -> None:
+        """Serves an adapter that is read when it is first asked for, wherever it lies, in the place of one of its name.
+
+        Where several processes share the base, all of them have to know it before the first is asked for it.
+
+        Args:
+            name: the name for `adapter_ids`.
+            key: stands for its content: those of one key are one in memory.
+            reader: reads it, whole.
+            invocation: the tokens from which on it acts, or None if it always does.
+        """
+        with self._lock:
+            if self.has_adapter(name) and _key_of(self._known(name)) != key:
+                self._forget(name)
+            self._local[name] = _Local(key, reader, invocation)
 
     def pin_adapter(self, name: str) -> None:
         """Brings an adapter to the device, where it stays: others never take its place until `unpin_adapter`.
@@ -938,12 +956,17 @@ class MultiLoraModel(nn.Module):
 
     def _source(self, known: _Known) -> Extent | ExtentReader:
         """Where the pool finds an adapter that the device does not have."""
+        reader: ExtentReader
         if isinstance(known, _Local):
-            return known.extent
-        assert self.bank is not None
-        self._compare_base(known)  # it may have come into the bank after the model was made
-        reader = ExtentReader(known.layout, known.dtype, partial(self._read_into, self.bank, known))
-        return reader if self._shards is None else self._shards.reader(reader, known.name)
+            if isinstance(known.extent, Extent):
+                return known.extent
+            name, reader = known.key, known.extent
+        else:
+            assert self.bank is not None
+            self._compare_base(known)  # it may have come into the bank after the model was made
+            name, read = known.name, partial(self._read_into, self.bank, known)
+            reader = ExtentReader(known.layout, known.dtype, read)
+        return reader if self._shards is None else self._shards.reader(reader, name)
 
     def _sources(self) -> list[Extent | ExtentReader]:
         """The same of all adapters, but for those that are refused when they are asked for."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from lorakit.engine.fairness import QUANTUM, FairQueue
@@ -92,19 +92,22 @@ class FairFcfs(Generic[R]):
 
     def __init__(
         self,
-        owners: Mapping[int, int] | None = None,
-        weights: Mapping[int, float] | None = None,
+        tenant: Callable[[R], Hashable],
+        weight: Callable[[Hashable], float] = lambda _: 1.0,
+        may_run: Callable[[Hashable], bool] = lambda _: True,
         quantum: int = QUANTUM,
     ) -> None:
         """Is empty.
 
         Args:
-            owners: adapter → tenant; an adapter that is not named is a tenant of its own.
-            weights: tenant → its weight, 1 by default.
+            tenant: whose a request is.
+            weight: of a tenant.
+            may_run: whether a tenant may have one more request running; others pass one that may not.
             quantum: tokens of a turn.
         """
-        self._owners = owners or {}
-        self._weights = weights or {}
+        self._tenant = tenant
+        self._weight = weight
+        self._may_run = may_run
         self._turns = FairQueue(quantum)
         self._waiting: dict[int, R] = {}
         self._again: Fcfs[R] = Fcfs()
@@ -118,9 +121,9 @@ class FairFcfs(Generic[R]):
         if request.placed:
             self._again.add(request)
             return
-        tenant = self._owners.get(request.adapter, request.adapter)
+        tenant = self._tenant(request)
         self._waiting[request.key] = request
-        self._turns.add(request.key, tenant, request.cost, self._weights.get(tenant, 1.0))
+        self._turns.add(request.key, tenant, request.cost, self._weight(tenant))
 
     def heads(self) -> Iterator[R]:
         """The one whose turn it is."""
@@ -128,7 +131,7 @@ class FairFcfs(Generic[R]):
             yield from self._again.heads()
             return
         if self._next is None:
-            key = self._turns.choose()
+            key = self._turns.choose(lambda tenant, _: self._may_run(tenant))
             if isinstance(key, int):
                 self._next = self._waiting.pop(key)
         if self._next is not None:
@@ -140,6 +143,20 @@ class FairFcfs(Generic[R]):
             self._next = None
         else:
             self._again.take(request)
+
+    def remove(self, request: R) -> bool:
+        """Takes a request out that nobody wants any more, at no charge; False if it does not wait for its turn.
+
+        One whose turn it is, or that was evicted, stays until it is taken.
+        """
+        if self._waiting.pop(request.key, None) is None:
+            return False
+        self._turns.remove(request.key)
+        return True
+
+    def refund(self, request: R, tokens: int) -> None:
+        """Gives back to its tenant what a request was charged and did not take."""
+        self._turns.refund(self._tenant(request), tokens)
 
 
 class FcfsEach(Generic[R]):

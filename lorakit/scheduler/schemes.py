@@ -354,7 +354,8 @@ def make_scheme(
     if name == "punica-affinity":
         return Punica(replace(policy, affinity=True), limits)
     if name == "punica-fair":
-        return Punica(policy, limits, lambda: FairFcfs(owners))
+        of = owners or {}
+        return Punica(policy, limits, lambda: FairFcfs(lambda job: of.get(job.adapter, job.adapter)))
     if name == "gpu-a-tenant":
         return TenantGpus(limits, policy.most)
     routers: dict[str, Callable[[], Route]] = {

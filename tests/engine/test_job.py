@@ -23,8 +23,8 @@ SLOT = object()
 def jobs_of(*, decode=None, **settings):
     request = replace(REQUEST, **settings)
     handle = RequestHandle("request-0", request, lambda handle: None, lambda handle: None)
-    handle.jobs += [Job(handle, sequence, decode) for sequence in range(request.n)]
-    return handle.jobs
+    handle.parts += [Job(handle, sequence, decode) for sequence in range(request.n)]
+    return handle.parts
 
 
 def job_of(**settings):

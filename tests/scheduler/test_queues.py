@@ -33,7 +33,7 @@ def test_first_come_first_served_whenever_they_begin_to_wait(order):
 
 def test_a_fair_queue_gives_tenants_equal_tokens_and_keeps_each_ones_order():
     rng = random.Random(0)
-    queue = FairFcfs(quantum=100)
+    queue = FairFcfs(lambda request: request.adapter, quantum=100)
     costs = {}
     for key in range(400):  # tenant 0 asks nine times as often as tenant 1
         adapter = int(rng.random() < 0.1)
@@ -50,7 +50,7 @@ def test_a_fair_queue_gives_tenants_equal_tokens_and_keeps_each_ones_order():
 
 
 def test_a_fair_queues_head_is_not_passed_and_who_was_evicted_goes_first():
-    queue = FairFcfs(owners={0: 7, 1: 7}, weights={7: 2.0})
+    queue = FairFcfs(lambda request: {0: 7, 1: 7}.get(request.adapter, request.adapter), {7: 2.0}.get)
     for key in range(3):
         queue.add(request(key, adapter=key % 2))
     assert [one.key for one in queue.heads()] == [0] == [one.key for one in queue.heads()]

@@ -1,0 +1,231 @@
+"""An engine that a cluster gives sequences: takes them, tells of their tokens, and gives them back.
+
+Its adapters come from the cluster: it knows them by their contents, and reads them through a function when they are
+first asked for. It serves one cluster at a time; of one that is not heard of for a while it forgets everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
+
+import torch
+
+from lorakit.adapters.layout import Extent
+from lorakit.engine.engine import Engine
+from lorakit.engine.handle import Listener, RequestHandle
+from lorakit.engine.stats import EngineStats
+from lorakit.errors import BankCorruptedError, EngineBusyError, EngineError
+from lorakit.runtime.host_cache import ExtentReader
+from lorakit.scheduler.messages import Ending, Given, Hello, Known, News, Piece
+from lorakit.scheduler.snapshot import Limits
+
+BEAT = 0.5
+"""Seconds after which there are news, if only that there are none."""
+
+_GATHER = 0.001  # seconds in which the other rows of a forward get their tokens, too
+
+
+class _Row:
+    """A sequence that was given."""
+
+    __slots__ = ("handle", "seen")
+
+    def __init__(self, handle: RequestHandle) -> None:
+        self.handle = handle
+        self.seen = 0
+
+
+class Worker:
+    """One engine of a cluster. All methods may be called from any thread."""
+
+    def __init__(self, engine: Engine, fetch: Callable[[str], torch.Tensor], *, lease: float = 10.0) -> None:
+        """Waits for a cluster.
+
+        Args:
+            engine: serves already, and nobody else.
+            fetch: an adapter's key → the bytes of its extent as they are stored, uint8.
+            lease: seconds without a word of the cluster after which its sequences are dropped.
+        """
+        self.engine = engine
+        self._fetch = fetch
+        self._lease = lease
+        self._lock = threading.Lock()
+        self._rows: dict[int, _Row] = {}
+        self._failed: list[Piece] = []
+        self._cluster = ""
+        self._heard = time.monotonic()
+        self._listener: Listener | None = None
+        self._resident: frozenset[str] = frozenset()
+
+    def hello(self, cluster: str) -> Hello:
+        """Serves a cluster from now on.
+
+        Args:
+            cluster: tells it from others.
+
+        Raises:
+            EngineBusyError: another one uses it.
+        """
+        with self._lock:
+            if self._cluster not in ("", cluster) and time.monotonic() - self._heard < self._lease:
+                raise EngineBusyError(
+                    "another server uses these replicas: end it first, or give this one another --ray-app.",
+                    retry_after=self._lease,
+                )
+        self.forget_all()
+        with self._lock:
+            self._cluster, self._heard, self._resident = cluster, time.monotonic(), frozenset()
+        engine = self.engine
+        blocks = engine.capacity // engine.block_tokens
+        return Hello(Limits(engine.batch, blocks, engine.block_tokens), engine.capacity)
+
+    def beat(self, cluster: str) -> EngineStats:
+        """The cluster is there.
+
+        Raises:
+            EngineError: it is not this one's.
+        """
+        with self._lock:
+            self._check(cluster)
+            self._heard = time.monotonic()
+        return self.engine.stats()
+
+    def know(self, adapters: Iterable[Known]) -> None:
+        """Knows adapters; those that are pinned come to the device."""
+        for known in adapters:
+            reader = ExtentReader(known.layout, known.dtype, partial(self._read_into, known))
+            self.engine.model.know_adapter(known.name, known.key, reader, known.invocation)
+            if known.pinned:
+                self.engine.model.pin_adapter(known.name)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Forgets adapters, and frees their memory when no sequence needs them any more."""
+        for name in names:
+            if self.engine.model.has_adapter(name):
+                self.engine.model.unload_adapter(name)
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter make room again."""
+        if self.engine.model.has_adapter(name):
+            self.engine.model.unpin_adapter(name)
+
+    def take(self, cluster: str, given: Given) -> None:
+        """Takes a sequence; if it cannot be served, the news tell why.
+
+        Raises:
+            EngineError: it is not this cluster's.
+        """
+        with self._lock:
+            self._check(cluster)
+        try:
+            handle = self.engine.take(given.request)
+        except Exception as error:  # noqa: BLE001 - told, as what comes later is
+            with self._lock:
+                self._failed.append(Piece(given.ticket, [], Ending(None, None, 0, None, _portable(error))))
+                if self._listener is not None:
+                    self._listener.tell()
+            return
+        with self._lock:
+            self._rows[given.ticket] = _Row(handle)
+            if self._listener is not None:
+                handle.tell(self._listener)
+
+    def cancel(self, tickets: Iterable[int]) -> None:
+        """Ends sequences after the token that they are at; the news tell when."""
+        for ticket in tickets:
+            row = self._rows.get(ticket)
+            if row is not None:
+                row.handle.cancel()
+
+    def forget_all(self) -> None:
+        """Ends all sequences; nobody is told of them."""
+        with self._lock:
+            rows, self._rows, self._failed = list(self._rows.values()), {}, []
+        for row in rows:
+            row.handle.cancel()
+
+    async def news(self, cluster: str) -> AsyncIterator[News]:
+        """What happens, until the cluster is gone.
+
+        Raises:
+            EngineError: another cluster came.
+        """
+        listener = Listener()
+        with self._lock:
+            self._check(cluster)
+            self._listener = listener
+            handles = [row.handle for row in self._rows.values()]
+        for handle in handles:
+            handle.tell(listener)
+        while True:
+            try:
+                await asyncio.wait_for(listener.news.wait(), BEAT)
+                await asyncio.sleep(_GATHER)
+            except TimeoutError:
+                pass
+            with self._lock:
+                self._check(cluster)
+                overdue = time.monotonic() - self._heard > self._lease
+                if overdue:
+                    self._cluster = ""
+            if overdue:
+                self.forget_all()
+                return
+            listener.look()
+            yield self._news()
+
+    def _news(self) -> News:
+        with self._lock:
+            pieces, self._failed = self._failed, []
+            for ticket, row in list(self._rows.items()):
+                ended = row.handle.done  # looked at first: then all its tokens are there
+                tokens = row.handle.tokens(0, row.seen)
+                row.seen += len(tokens)
+                if ended:
+                    del self._rows[ticket]
+                if tokens or ended:
+                    pieces.append(Piece(ticket, tokens, _ending(row.handle) if ended else None))
+        engine = self.engine
+        with engine.model.lock:
+            resident = frozenset(engine.model.pool.keys)
+        changed, self._resident = resident != self._resident, resident
+        load = engine.load()
+        return News(pieces, load.free_blocks, resident if changed else None, load.steps, load.running, engine.state)
+
+    def _check(self, cluster: str) -> None:
+        if cluster != self._cluster:
+            raise EngineError("the replica serves another server by now.")
+
+    def _read_into(self, known: Known, buffer: torch.Tensor) -> Extent:
+        found = self._fetch(known.key)
+        if found.numel() != buffer.numel():
+            raise BankCorruptedError(
+                f"adapter {known.name!r} came with {found.numel()} bytes instead of {buffer.numel()}; "
+                "`lorakit verify` checks its bank."
+            )
+        buffer.copy_(found)
+        return Extent.of_bytes(known.layout, known.dtype, buffer)
+
+
+def _ending(handle: RequestHandle) -> Ending:
+    completion = handle.completion()
+    if completion is None:
+        error = handle.error
+        assert error is not None
+        return Ending(None, None, handle.cached, None, _portable(error))
+    return Ending(completion.finish_reason, completion.stop, completion.cached_tokens, completion.queued, None)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """An error as another process can read it."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:  # noqa: BLE001 - other libraries' errors may be anything
+        pass
+    return EngineError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,407 @@
+"""The cluster's promises, on replicas in this process: what it gives is what one engine gives, whatever happens."""
+
+import random
+import threading
+import time
+
+import pytest
+from in_process import InProcess, text
+from served import SMALL, Asked, alone, config, double, family, requests
+
+import lorakit
+from lorakit import AdapterBank, MultiLoraModel
+from lorakit.errors import (
+    AdapterExistsError,
+    AdapterNotFoundError,
+    DeadlineExceededError,
+    EngineBusyError,
+    EngineCrashedError,
+    EngineStoppedError,
+    RequestError,
+)
+from lorakit.scheduler.catalog import Catalog
+from lorakit.scheduler.cluster import Cluster, ClusterConfig
+from lorakit.scheduler.policy import Policy
+
+ADAPTERS = [None, "lora", "dora", "alora", "embeddings"]
+QUICK = Policy(linger=0.2, look_every=0.1, consolidate_every=None, ask_at=1, least=1, most=3, spare=0)
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    base, tenants = family()
+    return lorakit.export(tenants, tmp_path_factory.mktemp("cluster") / "bank", base_model=base)
+
+
+@pytest.fixture(scope="module")
+def model(bank):
+    return MultiLoraModel(double(), bank)
+
+
+@pytest.fixture
+def started(bank, tmp_path, request):
+    """Starts clusters; what they leave behind is looked at in the end."""
+    clusters = []
+
+    def start(policy=QUICK, engine=SMALL, **settings):
+        catalog = Catalog(bank, family()[0], tmp_path / "loaded")
+        links = InProcess(lambda: MultiLoraModel(double()), catalog, engine)
+        options = {"beat": 0.1, "silence": 5.0, "start_timeout": 60.0} | settings
+        base = double()
+        cluster = Cluster(
+            links,
+            catalog,
+            base.config,
+            policy,
+            ClusterConfig(**options),
+            generation_config=base.generation_config,
+            decode=text,
+        )
+        cluster.start()
+        clusters.append((cluster, links))
+        return cluster, links
+
+    yield start
+    for cluster, _ in clusters:
+        cluster.close()
+
+
+def wait_until(holds, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert holds()
+
+
+def at_rest(cluster, links):
+    """Nothing is left anywhere, and all that is counted is nothing."""
+    wait_until(lambda: not cluster.stats().open and not cluster._flights)
+    wait_until(lambda: all(not link.worker._rows for link in links.serving))
+    wait_until(lambda: not cluster._tenants.waiting and not cluster._tenants._running)
+    wait_until(lambda: all(not replica.working_set for replica in cluster._replicas.values()))
+    assert not any(cluster._fleet.sizes[1:])
+    for link in links.serving:
+        assert not link.worker.engine.stats().open
+
+
+def submitted(cluster, asked, **settings):
+    return [cluster.submit(one.prompt, one.adapter, max_new_tokens=one.tokens, **settings) for one in asked]
+
+
+def long(count, seed=0, tokens=40):
+    return [Asked(one.prompt, one.adapter, tokens) for one in requests(count, ADAPTERS, seed=seed, longest=20)]
+
+
+def spread(cluster, handles):
+    """Moves every other sequence to the youngest replica; in the cluster's loop."""
+    youngest = min(cluster._replicas)
+    for handle in handles[::2]:
+        flight = handle.parts[0]
+        if flight.replica not in (-1, youngest) and not flight.leaving:
+            cluster._move(flight, youngest)
+
+
+def test_three_replicas_give_what_a_request_gives_alone(started, model):
+    asked = requests(40, ADAPTERS)
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(Policy(least=3, most=3, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 3)
+    handles = submitted(cluster, asked)
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    stats = cluster.stats()
+    assert stats.replicas == 3 and stats.state == "ready"
+    assert sum(usage.generated_tokens for usage in stats.tenants.values()) == sum(map(len, expected))
+    at_rest(cluster, links)
+
+
+def test_what_moves_goes_on_where_it_stopped(started, model):
+    asked = long(5)
+    expected = [alone(model, one) for one in asked]
+    sampled = {"temperature": 1.0, "seed": 7}
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    whole = [handle.result(60).token_ids for handle in submitted(cluster, asked, **sampled)]
+
+    def move_all():
+        for flights in list(cluster._flights.values()):
+            for flight in flights:
+                others = [number for number in cluster._replicas if number != flight.replica]
+                if flight.begun and not flight.leaving:
+                    cluster._move(flight, others[0])
+
+    for settings, wanted in (({}, expected), (sampled, whole)):
+        handles = submitted(cluster, asked, **settings)
+        moves = 0
+        while not all(handle.done for handle in handles):
+            flights = [flight for handle in handles for flight in handle.parts]
+            cluster._call(move_all)
+            time.sleep(0.02)
+            moves = max(moves, sum(flight.moves for flight in flights))
+        assert [handle.result(60).token_ids for handle in handles] == wanted
+        assert moves >= len(asked)
+        assert all(tuple(token.id for token in handle) == row for handle, row in zip(handles, wanted, strict=True))
+    at_rest(cluster, links)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_replica_dies_and_its_requests_end_elsewhere(started, model, seed):
+    asked = long(10, seed)
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    handles = submitted(cluster, asked)
+    rng = random.Random(seed)
+    for _ in range(2):
+        next(iter(handles[rng.randrange(len(handles))]))
+        time.sleep(0.1 * rng.random())
+        rng.choice(links.serving).killed = True
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert [tuple(token.id for token in handle) for handle in handles] == expected
+    wait_until(lambda: cluster.stats().replicas == 2)
+    at_rest(cluster, links)
+
+
+def test_a_replica_that_hangs_is_given_up(started, model):
+    asked = long(6)
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None), silence=1.5)
+    wait_until(lambda: cluster.stats().replicas == 2)
+    handles = submitted(cluster, asked)
+    next(iter(handles[0]))
+    hanging = links.links[cluster._replicas[handles[0].parts[0].replica].name]
+    hanging.hangs = True
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert hanging.killed
+    at_rest(cluster, links)
+
+
+def test_what_kills_every_replica_fails_by_its_cause(started):
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None), tries=2)
+    handle = cluster.submit([11, 12, 13], max_new_tokens=40, ignore_eos=True)
+    for _ in range(2):
+        wait_until(lambda: handle.done or handle.parts[0].begun)
+        for link in links.serving:
+            link.killed = True
+        wait_until(lambda: handle.done or not handle.parts[0].begun)
+    with pytest.raises(EngineCrashedError, match="2 replicas died"):
+        handle.result(30)
+    at_rest(cluster, links)
+
+
+def test_an_adapter_that_loads_on_one_replica_only(started, model):
+    asked = [Asked((11, 12, 13), "lora", 5)] * 6
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    good = links.serving[0].name
+    links.broken = lambda replica, key: replica != good
+    handles = submitted(cluster, asked)
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    links.broken = lambda replica, key: True
+    with pytest.raises(OSError, match="disk is broken"):
+        cluster.submit((11, 12, 13), "dora", max_new_tokens=3).result(30)
+    assert len(cluster.submit((11, 12, 13), max_new_tokens=3).result(30).token_ids) == 3
+    at_rest(cluster, links)
+
+
+def test_replicas_come_with_the_load_and_go_again(started, model):
+    cluster, links = started()
+    assert cluster.stats().replicas == 1
+    asked = long(24)
+    expected = [alone(model, one) for one in asked]
+    handles = submitted(cluster, asked)
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert max(links.counts) == 3
+    wait_until(lambda: cluster.stats().replicas == 1)
+    wait_until(lambda: len([link for link in links.ended if link.gone]) == 2)
+    at_rest(cluster, links)
+
+
+def test_replicas_end_under_load(started, model):
+    """Ray Serve picks who ends: its sequences move, and none is lost."""
+    asked = long(6)
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(Policy(least=3, most=3, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 3)
+    handles = submitted(cluster, asked)
+    wait_until(lambda: all(handle.generated for handle in handles))
+
+    def shrink():
+        spread(cluster, handles)
+        cluster.policy = Policy(least=1, most=3, linger=60.0, consolidate_every=None, ask_at=100)
+        cluster._scale(1)
+
+    cluster._call(shrink)
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    wait_until(lambda: cluster.stats().replicas == 1)
+    assert sum(handle.parts[0].moves for handle in handles) > 2
+    at_rest(cluster, links)
+
+
+def test_lightly_loaded_replicas_empty_out(started, model):
+    asked = long(4)
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None, spare=0))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    handles = submitted(cluster, asked)
+    wait_until(lambda: all(handle.generated for handle in handles))
+    wide = Policy(least=1, most=2, consolidate_every=0.1, spare=0, consolidate_below=0.9, look_every=0.1)
+
+    def apart():
+        spread(cluster, handles)
+        cluster.policy = wide
+
+    cluster._call(apart)
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert sum(handle.parts[0].moves for handle in handles) >= 2
+    at_rest(cluster, links)
+
+
+def test_a_full_cache_evicts_the_newest_and_all_give_the_same(started, model):
+    from lorakit.engine.batching import blocks_in
+
+    asked = long(8, seed=3)
+    expected = [alone(model, one) for one in asked]
+    base = double()
+    nbytes = 1 << 10
+    while blocks_in(nbytes, base, 4, 24) < 48:
+        nbytes += 1 << 10
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None), config(cache_memory=nbytes))
+    handles = submitted(cluster, asked)
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert sum(handle.parts[0].evictions for handle in handles) > 0
+    at_rest(cluster, links)
+
+
+def test_stops_logprobs_and_several_sequences(started, model):
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None))
+    with lorakit.Engine(model, SMALL, decode=text) as engine:
+        for settings in (
+            {"max_new_tokens": 20, "logprobs": True, "top_logprobs": 2},
+            {"max_new_tokens": 20, "temperature": 1.0, "seed": 3, "n": 4, "ignore_eos": True},
+            {"max_new_tokens": 20, "temperature": 1.0, "seed": 5, "stop": ["1", "2"]},
+        ):
+            one = engine.submit([11, 12, 13], "lora", **settings).results(60)
+            many = cluster.submit([11, 12, 13], "lora", **settings).results(60)
+            assert [each.token_ids for each in many] == [each.token_ids for each in one]
+            assert [(each.finish_reason, each.stop) for each in many] == [
+                (each.finish_reason, each.stop) for each in one
+            ]
+            if "logprobs" in settings:
+                assert many[0].logprobs == pytest.approx(one[0].logprobs)
+                assert [[top.id for top in place] for place in many[0].top_logprobs] == [
+                    [top.id for top in place] for place in one[0].top_logprobs
+                ]
+            assert all(each.queued is not None and each.times == tuple(sorted(each.times)) for each in many)
+    at_rest(cluster, links)
+
+
+def test_errors_come_before_any_work(started):
+    cluster, links = started(Policy(least=1, most=1), max_waiting=2)
+    with pytest.raises(AdapterNotFoundError, match="lara"):
+        cluster.submit([11, 12], "lara")
+    with pytest.raises(RequestError, match="positions"):
+        cluster.submit([11] * 500)
+    with pytest.raises(TypeError, match="temprature"):
+        cluster.submit([11], temprature=1)
+    with pytest.raises(RequestError, match="max_waiting is 2"):
+        cluster.submit([11], temperature=1.0, n=3)
+    running = [cluster.submit([11, 12], max_new_tokens=50, ignore_eos=True) for _ in range(1)]
+    with pytest.raises(EngineBusyError) as caught:
+        for _ in range(20):
+            running.append(cluster.submit([11, 12], max_new_tokens=50, ignore_eos=True))
+    assert caught.value.retry_after >= 1
+    for handle in running:
+        handle.cancel()
+        assert handle.result(0).finish_reason == "cancelled"
+    at_rest(cluster, links)
+    with pytest.raises(DeadlineExceededError, match="of up to 50"):
+        cluster.submit([11, 12], max_new_tokens=50, ignore_eos=True, deadline=0.05).result(10)
+    at_rest(cluster, links)
+    cluster.close()
+    with pytest.raises(EngineStoppedError):
+        cluster.submit([11])
+
+
+def test_adapters_come_change_and_go_under_load(started, bank, model, tmp_path):
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    _, tenants = family()
+    prompt = (11, 12, 13)
+    own = {name: alone(model, Asked(prompt, name, 8)) for name in ("lora", "rslora", None)}
+    assert own["lora"] != own["rslora"]
+    cluster.model.load_adapter("new", tenants["lora"])
+    with pytest.raises(AdapterExistsError):
+        cluster.model.load_adapter("new", tenants["rslora"])
+    assert cluster.submit(prompt, "new", max_new_tokens=8).result(30).token_ids == own["lora"]
+    cluster.model.pin_adapter("new")
+    wait_until(lambda: all(link.worker.engine.model.pinned for link in links.serving))
+    cluster.model.load_adapter("new", tenants["rslora"], replace=True)
+    assert cluster.submit(prompt, "new", max_new_tokens=8).result(30).token_ids == own["rslora"]
+    assert cluster.model.pinned == {"new"}
+    cluster.model.unload_adapter("new")
+    with pytest.raises(AdapterNotFoundError):
+        cluster.submit(prompt, "new")
+    wait_until(lambda: not any("new" in name for link in links.serving for name in link.worker.engine.model.adapters))
+    cluster.model.load_adapter("lora", tenants["rslora"], replace=True)  # in the place of the bank's
+    assert cluster.submit(prompt, "lora", max_new_tokens=8).result(30).token_ids == own["rslora"]
+    cluster.model.unload_adapter("lora")
+    assert "lora" not in cluster.model.adapters
+    cluster.model.load_adapter("lora")
+    assert cluster.submit(prompt, "lora", max_new_tokens=8).result(30).token_ids == own["lora"]
+    assert AdapterBank.open(bank.path).names == bank.names
+    at_rest(cluster, links)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_happens_every_request_is_answered(started, model, seed):
+    """Random requests, cancels, deaths, hangs and changes of scale: each ends as it does alone, or with an error."""
+    rng = random.Random(seed)
+    asked = long(40, seed, tokens=25)
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(
+        Policy(least=1, most=3, linger=0.1, look_every=0.1, consolidate_every=0.2, spare=0, ask_at=1),
+        silence=1.5,
+        tries=5,
+    )
+    handles, cancelled, stop = [], set(), threading.Event()
+
+    def trouble():
+        while not stop.wait(0.15 + 0.2 * rng.random()):
+            if not links.serving:
+                continue
+            what = rng.random()
+            if what < 0.3:
+                rng.choice(links.serving).killed = True
+            elif what < 0.4:
+                rng.choice(links.serving).hangs = True
+            elif what < 0.6:
+                cluster._call(cluster._scale, rng.randint(1, 3))
+
+    troubled = threading.Thread(target=trouble)
+    troubled.start()
+    try:
+        for place, one in enumerate(asked):
+            handles.append(cluster.submit(one.prompt, one.adapter, max_new_tokens=one.tokens))
+            if rng.random() < 0.15:
+                handles[rng.randrange(len(handles))].cancel()
+            time.sleep(0.04 * rng.random())
+            if rng.random() < 0.1:
+                cancelled.add(place)
+                handles[place].cancel()
+        ended = [handle.wait(60) for handle in handles]
+    finally:
+        stop.set()
+        troubled.join()
+    assert all(ended)
+    answered = 0
+    for handle, whole in zip(handles, expected, strict=True):
+        if handle.error is not None:
+            assert isinstance(handle.error, EngineCrashedError), handle.error
+            continue
+        completion = handle.completion()
+        answered += completion.finish_reason != "cancelled"
+        assert completion.token_ids == whole[: len(completion.token_ids)]
+        assert completion.finish_reason == "cancelled" or completion.token_ids == whole
+    assert answered > 20
+    at_rest(cluster, links)
