@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 
+import numpy
 import torch
 
 from lorakit.adapters.layout import Extent
@@ -43,12 +44,12 @@ class _Row:
 class Worker:
     """One engine of a cluster. All methods may be called from any thread."""
 
-    def __init__(self, engine: Engine, fetch: Callable[[str], torch.Tensor], *, lease: float = 10.0) -> None:
+    def __init__(self, engine: Engine, fetch: Callable[[str], numpy.ndarray], *, lease: float = 10.0) -> None:
         """Waits for a cluster.
 
         Args:
             engine: serves already, and nobody else.
-            fetch: an adapter's key → the bytes of its extent as they are stored, uint8.
+            fetch: an adapter's key → its extent as it is stored, (nbytes,) uint8.
             lease: seconds without a word of the cluster after which its sequences are dropped.
         """
         self.engine = engine
@@ -203,12 +204,12 @@ class Worker:
 
     def _read_into(self, known: Known, buffer: torch.Tensor) -> Extent:
         found = self._fetch(known.key)
-        if found.numel() != buffer.numel():
+        if found.size != buffer.numel():
             raise BankCorruptedError(
-                f"adapter {known.name!r} came with {found.numel()} bytes instead of {buffer.numel()}; "
+                f"adapter {known.name!r} came with {found.size} bytes instead of {buffer.numel()}; "
                 "`lorakit verify` checks its bank."
             )
-        buffer.copy_(found)
+        numpy.copyto(buffer.numpy(), found)
         return Extent.of_bytes(known.layout, known.dtype, buffer)
 
 

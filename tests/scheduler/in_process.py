@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 
 from lorakit import AdapterBank, Engine, MultiLoraModel
@@ -89,7 +90,7 @@ class InProcess:
     def serving(self) -> list[InProcessLink]:
         return [link for link in self.links.values() if not link.killed]
 
-    def fetch(self, replica: str, key: str) -> torch.Tensor:
+    def fetch(self, replica: str, key: str) -> numpy.ndarray:
         """An adapter's bytes, as the object store would have them."""
         if self.broken(replica, key):
             raise OSError("the disk is broken")
@@ -100,7 +101,7 @@ class InProcess:
                     if entry.blake3 == key:
                         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
                         bank.read_into(entry, buffer)
-                        return buffer
+                        return buffer.numpy()
         raise KeyError(key)
 
     async def open(self, count: int) -> None:

@@ -1,0 +1,455 @@
+"""Replicas on Ray: engines are actors behind Ray Serve, whose request router asks the cluster's policy.
+
+    server ── Cluster ── RayLinks ── DeploymentHandle ── PolicyRouter ──▶ _Replica (Serve) ──▶ EngineActor
+                             └───────────────────── news, beats, cancels ────────────────────────▲
+                                                                    _Shelf ── object store ──────┘
+
+Serve places replicas, watches over them, begins new ones in the place of dead ones, and lets those end that are too
+many. A sequence goes through Serve's handle; its router lets the policy choose (`Call`). What concerns one replica,
+whether it takes requests or is about to end, goes straight to its engine's actor: its news come as one stream for all
+of its sequences, one item a forward.
+
+An adapter's bytes are put into Ray's object store once, by the shelf, and come to each node once, where all replicas
+read them from shared memory.
+
+The only file that imports Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import pickle
+import socket
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lorakit.errors import ConfigError, EngineError, MissingDependencyError
+from lorakit.scheduler.links import Choose
+from lorakit.scheduler.messages import Given, Hello, Known, News
+
+try:
+    import ray
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.config import DeploymentID, RequestRouterConfig
+    from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+    from ray.util.placement_group import get_current_placement_group
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+except ImportError as error:
+    raise MissingDependencyError(f"several replicas need Ray ({error}): pip install lorakit[ray].") from error
+
+if TYPE_CHECKING:
+    from lorakit.engine.engine import Engine
+
+Make: TypeAlias = Callable[[], "Engine"]
+"""Makes a replica's engine, which has not been started; pickled, and called in its process."""
+
+_DEPLOYMENT = "engines"
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+_ONGOING = 100_000  # calls under way through Serve; the policy knows what a replica holds
+_LONGEST_DRAIN = 3600.0  # seconds for which Serve waits for one that is to end
+_SHELF_BYTES = 8 << 30
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """Where replicas run, and what each takes.
+
+    Attributes:
+        address: of a Ray cluster; None: RAY_ADDRESS's, or one on this machine that ends with the process.
+        gpus: of a replica; more than one: they share the base by tensor parallelism.
+        cpus: of a replica.
+        lease: seconds without a word of the server after which replicas drop its requests.
+        shelf: bytes of adapters that are kept in the object store for replicas to come.
+    """
+
+    address: str | None = None
+    gpus: int = 1
+    cpus: float = 1.0
+    lease: float = 10.0
+    shelf: int = _SHELF_BYTES
+
+    def __post_init__(self) -> None:
+        if type(self.gpus) is not int or self.gpus < 0:
+            raise ConfigError(f"a replica's gpus are {self.gpus!r}; give a whole number.")
+        if not self.cpus >= 0:
+            raise ConfigError(f"a replica's cpus are {self.cpus!r}; give 0 or more.")
+
+
+class NotSent(Exception):
+    """Nobody was chosen for a call."""
+
+
+class Call:
+    """What is asked of a replica through Serve. Who it is asked of is decided when it is sent, by `choose`.
+
+    A replica gets it without `choose`, which stays in this process.
+    """
+
+    def __init__(self, what: str, args: tuple[Any, ...] = (), choose: Choose | None = None) -> None:
+        """Asks for something.
+
+        Args:
+            what: one of `_Replica`'s.
+            args: for that.
+            choose: the replicas that serve → one of them; None once it was sent.
+        """
+        self.what = what
+        self.args = args
+        self.choose = choose
+
+    def __reduce__(self) -> tuple[type[Call], tuple[Any, ...]]:
+        return Call, (self.what, self.args)
+
+
+class PolicyRouter(RequestRouter):
+    """Serve's request router: each call brings along who decides where it goes, which is the cluster's policy.
+
+    A call waits in the cluster's queue and not here, where only those come that have a place.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The one replica that the policy names."""
+        call = None if pending_request is None else pending_request.args[0]
+        if not isinstance(call, Call) or call.choose is None:
+            return [candidate_replicas]
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        try:
+            chosen = await call.choose(frozenset(by_name))
+            if chosen in by_name:
+                return [[by_name[chosen]]]
+            failure: Exception = NotSent()
+        except Exception as error:  # noqa: BLE001 - told to who has sent it; Serve would ask for ever
+            failure = error
+        assert pending_request is not None
+        if not pending_request.future.done():
+            pending_request.future.set_exception(failure)
+        return [candidate_replicas]
+
+
+class EngineActor:
+    """An engine in a process of its own; or one of several that share a base, of which the first is asked."""
+
+    def __init__(self, make: Make, lease: float, rank: int, world: int, address: tuple[str, int] | None) -> None:
+        """Begins to serve: of several, when all have come.
+
+        Args:
+            make: makes the engine.
+            lease: see `RaySettings`.
+            rank: which of the processes this is.
+            world: how many share the base.
+            address: host and port at which they meet, if they are several.
+        """
+        if address is not None:
+            shared = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": address[0], "MASTER_PORT": address[1]}
+            # Ray shows each process its own GPU alone.
+            os.environ.update({name: str(value) for name, value in (shared | {"LOCAL_RANK": 0}).items()})
+        from lorakit.scheduler.worker import Worker
+
+        self._shelf: Any = None
+        self._others: list[Any] = []
+        self._left = asyncio.Event()
+        self.worker = Worker(make().start(), self._fetch, lease=lease)
+
+    async def ready(self) -> None:
+        """It serves."""
+
+    async def join(self, others: list[Any]) -> None:
+        """Is asked for what these know, too."""
+        self._others = others
+
+    async def meet(self, cluster: str, shelf: Any) -> Hello:
+        """See `Worker.hello`; adapters come from the shelf."""
+        hello = await asyncio.to_thread(self.worker.hello, cluster)
+        self._shelf, self._left = shelf, asyncio.Event()
+        for other in self._others:
+            await other.meet.remote(cluster, shelf)
+        return hello
+
+    async def know(self, adapters: Sequence[Known]) -> None:
+        """See `Worker.know`."""
+        for other in self._others:
+            await other.know.remote(adapters)
+        await asyncio.to_thread(self.worker.know, adapters)
+
+    async def forget(self, names: Sequence[str]) -> None:
+        """See `Worker.forget`."""
+        await asyncio.to_thread(self.worker.forget, names)
+
+    async def unpin(self, name: str) -> None:
+        """See `Worker.unpin`."""
+        await asyncio.to_thread(self.worker.unpin, name)
+
+    async def take(self, cluster: str, given: Given) -> None:
+        """See `Worker.take`."""
+        await asyncio.to_thread(self.worker.take, cluster, given)
+
+    async def cancel(self, tickets: Collection[int]) -> None:
+        """See `Worker.cancel`."""
+        self.worker.cancel(tickets)
+
+    async def beat(self, cluster: str) -> Any:
+        """See `Worker.beat`."""
+        return await asyncio.to_thread(self.worker.beat, cluster)
+
+    async def news(self, cluster: str) -> AsyncIterator[News]:
+        """See `Worker.news`; when they end, so does the replica's stay."""
+        left = self._left
+        try:
+            async for news in self.worker.news(cluster):
+                yield news
+        finally:
+            left.set()
+
+    async def stay(self, cluster: str) -> None:
+        """Returns when the cluster lets the replica go, or is gone: until then Serve does not end it."""
+        await self._left.wait()
+
+    async def let_go(self) -> None:
+        """The replica may end."""
+        self._left.set()
+
+    def _fetch(self, key: str) -> Any:
+        (reference,) = ray.get(self._shelf.get.remote(key))
+        return ray.get(reference)
+
+
+class _Shelf:
+    """The shelf as an actor on the server's machine: puts what is asked for into the object store, and keeps some."""
+
+    def __init__(self, folders: list[Path], limit: int) -> None:
+        from lorakit.scheduler.shelf import Shelf
+
+        self._shelf = Shelf(folders)
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: str) -> list[Any]:
+        """The reference to an adapter's bytes; in a list, so that it comes as a reference."""
+        with self._lock:
+            if key not in self._kept:
+                found = self._shelf.read(key)
+                self._kept[key] = ray.put(found), found.nbytes
+            self._kept.move_to_end(key)
+            reference = self._kept[key][0]
+            while len(self._kept) > 1 and sum(nbytes for _, nbytes in self._kept.values()) > self._limit:
+                self._kept.popitem(last=False)
+        return [reference]
+
+
+class _Replica:
+    """A replica as Serve sees it: it has the engine's processes, and passes on what comes through Serve."""
+
+    async def __init__(self, make: Make, settings: RaySettings) -> None:  # type: ignore[misc]
+        world = max(1, settings.gpus)
+        group = get_current_placement_group()
+        strategy = None if group is None else PlacementGroupSchedulingStrategy(group)
+        options = {
+            "num_gpus": min(1, settings.gpus),
+            "num_cpus": settings.cpus / world,
+            "scheduling_strategy": strategy or "DEFAULT",
+        }
+        address = (ray.util.get_node_ip_address(), _free_port()) if world > 1 else None
+        actor = ray.remote(EngineActor).options(**options)
+        engines = [actor.remote(make, settings.lease, rank, world, address) for rank in range(world)]
+        await asyncio.gather(*(engine.ready.remote() for engine in engines))
+        await engines[0].join.remote(engines[1:])
+        self._engines = engines
+
+    async def ask(self, call: Call) -> Any:
+        """Does what a call says."""
+        engine = self._engines[0]
+        if call.what == "here":
+            return None
+        if call.what == "meet":
+            return engine, await engine.meet.remote(*call.args)
+        assert call.what in ("take", "stay")
+        return await getattr(engine, call.what).remote(*call.args)
+
+    async def check_health(self) -> None:
+        """Its processes are there, and answer."""
+        await asyncio.gather(*(engine.ready.remote() for engine in self._engines))
+
+
+class RayLink:
+    """One replica. See `Link`."""
+
+    def __init__(self, engine: Any, cluster: str, stay: asyncio.Task[None]) -> None:
+        """Reaches an engine's actor."""
+        self._engine = engine
+        self._cluster = cluster
+        self._stay = stay  # Serve ends the replica when it ends
+
+    async def know(self, adapters: Sequence[Known]) -> None:
+        """See `Link`."""
+        await self._engine.know.remote(list(adapters))
+
+    async def forget(self, names: Sequence[str]) -> None:
+        """See `Link`."""
+        await self._engine.forget.remote(list(names))
+
+    async def unpin(self, name: str) -> None:
+        """See `Link`."""
+        await self._engine.unpin.remote(name)
+
+    async def cancel(self, tickets: Collection[int]) -> None:
+        """See `Link`."""
+        await self._engine.cancel.remote(list(tickets))
+
+    async def beat(self) -> Any:
+        """See `Link`."""
+        return await self._engine.beat.remote(self._cluster)
+
+    async def news(self) -> AsyncIterator[News]:
+        """See `Link`."""
+        async for reference in self._engine.news.remote(self._cluster):
+            yield await reference
+
+    async def let_go(self) -> None:
+        """See `Link`."""
+        await self._engine.let_go.remote()
+
+    def kill(self) -> None:
+        """See `Link`."""
+        with suppress(Exception):
+            ray.kill(self._engine)
+
+
+class RayLinks:
+    """All replicas. See `Links`."""
+
+    def __init__(self, make: Make, folders: Sequence[Path], settings: RaySettings | None = None) -> None:
+        """Begins nothing yet.
+
+        Args:
+            make: makes a replica's engine.
+            folders: of the banks in which adapters lie, or will.
+            settings: where replicas run.
+        """
+        self._make = make
+        self._folders = [folder.resolve() for folder in folders]
+        self._settings = settings or RaySettings()
+        self._cluster = uuid.uuid4().hex
+        # Servers that want the same share the name, so that one that begins anew finds what the last one has left.
+        self.app = "lorakit-" + hashlib.blake2b(pickle.dumps((make, self._settings)), digest_size=6).hexdigest()
+        self._handle: Any = None
+        self._shelf: Any = None
+        self._owns_ray = False
+
+    async def open(self, count: int) -> None:
+        """See `Links`; goes on with replicas that a server before this one has left."""
+        await asyncio.to_thread(self._open, count)
+
+    def _open(self, count: int) -> None:
+        settings = self._settings
+        if not ray.is_initialized():
+            local = settings.address is None and "RAY_ADDRESS" not in os.environ
+            ray.init(address="local" if local else settings.address, log_to_driver=False, logging_level="warning")
+            self._owns_ray = True
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(proxy_location="Disabled")
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        shelf = ray.remote(_Shelf).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_concurrency=4)
+        self._shelf = shelf.remote(self._folders, settings.shelf)
+        found = serve.status().applications.get(self.app)
+        if found is not None and found.status == "RUNNING":
+            self._handle = serve.get_app_handle(self.app)
+            self._scale(count)
+            return
+        deployment = serve.deployment(_Replica).options(
+            name=_DEPLOYMENT,
+            num_replicas=count,
+            max_ongoing_requests=_ONGOING,
+            ray_actor_options={"num_cpus": 0},
+            placement_group_bundles=[{"CPU": settings.cpus, "GPU": settings.gpus}],
+            health_check_period_s=1.0,
+            health_check_timeout_s=30.0,
+            graceful_shutdown_timeout_s=_LONGEST_DRAIN,
+            graceful_shutdown_wait_loop_s=0.5,
+            request_router_config=RequestRouterConfig(request_router_class=PolicyRouter),
+        )
+        try:
+            self._handle = serve.run(
+                deployment.bind(self._make, settings), name=self.app, route_prefix=None, external_scaler_enabled=True
+            )
+        except RuntimeError as error:
+            raise EngineError(f"no replica could begin: {error}") from error
+
+    async def ids(self, seen: Callable[[frozenset[str]], None]) -> None:
+        """See `Links`."""
+
+        async def look(names: frozenset[str]) -> str | None:
+            seen(names)
+            return None
+
+        with suppress(NotSent):
+            await self._ask(Call("here", (), look))
+
+    async def meet(self, id: str) -> tuple[RayLink, Hello]:
+        """See `Links`."""
+
+        async def this(names: frozenset[str]) -> str | None:
+            return id if id in names else None
+
+        engine, hello = await self._ask(Call("meet", (self._cluster, self._shelf), this))
+        stay = asyncio.ensure_future(self._stay(Call("stay", (self._cluster,), this)))
+        return RayLink(engine, self._cluster, stay), hello
+
+    async def _stay(self, call: Call) -> None:
+        with suppress(Exception):
+            await self._ask(call)
+
+    async def give(self, given: Given, choose: Choose) -> bool:
+        """See `Links`."""
+        try:
+            await self._ask(Call("take", (self._cluster, given), choose))
+        except NotSent:
+            return False
+        return True
+
+    def _ask(self, call: Call) -> Awaitable[Any]:
+        asked: Awaitable[Any] = self._handle.ask.remote(call)
+        return asked
+
+    async def scale(self, count: int) -> None:
+        """See `Links`."""
+        await asyncio.to_thread(self._scale, count)
+
+    def _scale(self, count: int) -> None:
+        # What Serve's own interface for scaling from outside calls.
+        controller = ray.get_actor(_CONTROLLER, namespace="serve")
+        ray.get(controller.update_deployment_replicas.remote(DeploymentID(_DEPLOYMENT, self.app), count))
+
+    async def close(self) -> None:
+        """See `Links`."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        with suppress(RayError, RuntimeError):
+            serve.delete(self.app)
+        if self._shelf is not None:
+            with suppress(RayError, ValueError):
+                ray.kill(self._shelf)
+        if self._owns_ray:
+            ray.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("", 0))
+        port: int = one.getsockname()[1]
+    return port
