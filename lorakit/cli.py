@@ -350,6 +350,22 @@ def serve(
     adapter_hub: Annotated[bool, typer.Option("--adapter-hub", help="Adapters may be loaded from the Hub.")] = False,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     revision: Revision = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(help="Engines on Ray, a GPU each: a number, or 1:8 for what the load needs.", show_default=False),
+    ] = None,
+    replica_gpus: Annotated[
+        int | None,
+        typer.Option(min=0, help="GPUs of a replica, which share the base by tensor parallelism.", show_default=False),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster's; by default RAY_ADDRESS, or this machine alone.", show_default=False),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the scheduling policy, as linger=20; repeat it.", show_default=False),
+    ] = None,
 ) -> None:
     """Serve a bank over HTTP, by OpenAI's routes."""
     _need_server()
@@ -366,6 +382,16 @@ def serve(
         raise ConfigError(f"the administrator's key is shorter than {_SHORTEST_KEY} characters; make a longer one.")
     if admin_key is None and (adapter_root or adapter_hub):
         raise ConfigError("--adapter-root and --adapter-hub are the administrator's; set LORAKIT_ADMIN_KEY.")
+    if replicas is None and (replica_gpus is not None or ray_address is not None or set_):
+        raise ConfigError("--replica-gpus, --ray-address and --set are of replicas; give --replicas, too.")
+    many = None
+    if replicas is not None:
+        _need("several replicas need", ["ray"], extra="ray")
+        from lorakit.scheduler.settings import make_policy
+        from lorakit.server.replicas import Replicas, numbers_of
+
+        least, most = numbers_of(replicas)
+        many = Replicas(make_policy([f"least={least}", *(set_ or [])], most=most), ray_address, replica_gpus)
     _look(bank, revision)  # refuses what is no bank before anything is loaded
     run(
         Settings(
@@ -385,6 +411,7 @@ def serve(
             adapter_hub=adapter_hub,
             log_format="json" if log_format == "json" else "text",
             engine=EngineConfig(max_requests=max_requests),
+            replicas=many,
         )
     )
 

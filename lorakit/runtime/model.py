@@ -230,17 +230,8 @@ class MultiLoraModel(nn.Module):
             BaseModelNotFoundError: no such base, or transformers lacks the class that the bank was made for.
         """
         bank = bank if isinstance(bank, AdapterBank) else AdapterBank.from_pretrained(bank)
-        model_class = architecture_class(str(bank.fingerprint.get("architecture")))
-        try:
-            model = model_class.from_pretrained(base, **{"dtype": "auto", **kwargs})
-        except (torch.OutOfMemoryError, ImportError, TypeError):
-            raise  # the machine's fault, or the call's; not the base's
-        except Exception as error:  # a damaged base makes transformers raise nearly anything
-            raise BaseModelNotFoundError(
-                f"the base model {str(base)!r} cannot be loaded: {error} ({type(error).__name__}). "
-                "Check the folder or the Hub id, and download it again if it is damaged."
-            ) from error
-        return cls(model.eval(), bank, adapter_dtype=adapter_dtype, adapter_memory=adapter_memory)
+        model = load_base(base, str(bank.fingerprint.get("architecture")), **kwargs)
+        return cls(model, bank, adapter_dtype=adapter_dtype, adapter_memory=adapter_memory)
 
     @property
     def adapters(self) -> list[str]:
@@ -1051,6 +1042,30 @@ class MultiLoraModel(nn.Module):
 
     def _unknown(self, name: object) -> AdapterNotFoundError:
         return names.not_found(name, self.adapters, "the model")
+
+
+def load_base(base: str | os.PathLike[str], architecture: str, **kwargs: Any) -> PreTrainedModel:
+    """Loads a base, in evaluation mode.
+
+    Args:
+        base: a folder or a Hub id.
+        architecture: its class in transformers, by name.
+        **kwargs: for its `from_pretrained`.
+
+    Raises:
+        BaseModelNotFoundError: no such base, or transformers lacks the class.
+    """
+    model_class = architecture_class(architecture)
+    try:
+        model: PreTrainedModel = model_class.from_pretrained(base, **{"dtype": "auto", **kwargs})
+    except (torch.OutOfMemoryError, ImportError, TypeError):
+        raise  # the machine's fault, or the call's; not the base's
+    except Exception as error:  # a damaged base makes transformers raise nearly anything
+        raise BaseModelNotFoundError(
+            f"the base model {str(base)!r} cannot be loaded: {error} ({type(error).__name__}). "
+            "Check the folder or the Hub id, and download it again if it is damaged."
+        ) from error
+    return model.eval()
 
 
 def _key_of(known: _Known) -> str:

@@ -5,12 +5,14 @@ To servers it is what a model's adapters are elsewhere: they are loaded, replace
 
 from __future__ import annotations
 
-import os
+import tempfile
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import nn
 
 from lorakit.adapters import names
 from lorakit.adapters.bank import AdapterBank
@@ -40,22 +42,26 @@ class Change(NamedTuple):
 class Catalog:
     """Adapters by name. All methods may be called from any thread."""
 
-    def __init__(self, bank: AdapterBank, base: str, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, bank: AdapterBank, base: str | nn.Module) -> None:
         """Serves a bank's adapters.
 
         Args:
             bank: open.
-            base: the base's folder or Hub id: conversions may read its weights.
-            folder: a folder that is not there yet or empty, for adapters that are loaded later.
+            base: the base, its folder or its Hub id: conversions may read its weights.
         """
         self.bank = bank
         self._base = base
-        self._folder = Path(folder)
+        self._temporary = tempfile.TemporaryDirectory(prefix="lorakit-adapters-", ignore_cleanup_errors=True)
+        self._folder = Path(self._temporary.name) / "bank"
         self._lock = threading.RLock()
         self._loaded: AdapterBank | None = None
         self._unloaded: set[str] = set()
         self._pinned: set[str] = set()
         self._follower: Callable[[Change], None] = lambda _: None
+
+    def close(self) -> None:
+        """Forgets what was loaded."""
+        self._temporary.cleanup()
 
     def follow(self, follower: Callable[[Change], None]) -> None:
         """Has somebody told of changes, in the threads that make them."""

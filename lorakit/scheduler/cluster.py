@@ -228,6 +228,7 @@ class Cluster:
                 asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(60)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(10)
+        self.model.close()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Waits until no request is open.
@@ -448,6 +449,7 @@ class Cluster:
         _log.info("replica %s serves", name)
         if not self._first.done():
             self._first.set_result(None)
+            self._spawn(self._links.scale(self._target))  # those that a server before this one has left may be others
         self._admit()
 
     def _settle(self, hello: Hello) -> None:

@@ -26,8 +26,8 @@ import socket
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 Make: TypeAlias = Callable[[], "Engine"]
 """Makes a replica's engine, which has not been started; pickled, and called in its process."""
 
+_NOTHING = "nothing"
 _DEPLOYMENT = "engines"
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 _ONGOING = 100_000  # calls under way through Serve; the policy knows what a replica holds
@@ -67,28 +68,46 @@ class RaySettings:
     """Where replicas run, and what each takes.
 
     Attributes:
-        address: of a Ray cluster; None: RAY_ADDRESS's, or one on this machine that ends with the process.
-        gpus: of a replica; more than one: they share the base by tensor parallelism.
+        gpus: of a replica; more than one: they share the base by tensor parallelism. None: one, if there are any.
         cpus: of a replica.
         lease: seconds without a word of the server after which replicas drop its requests.
         shelf: bytes of adapters that are kept in the object store for replicas to come.
     """
 
-    address: str | None = None
-    gpus: int = 1
+    gpus: int | None = None
     cpus: float = 1.0
     lease: float = 10.0
     shelf: int = _SHELF_BYTES
 
     def __post_init__(self) -> None:
-        if type(self.gpus) is not int or self.gpus < 0:
+        if self.gpus is not None and (type(self.gpus) is not int or self.gpus < 0):
             raise ConfigError(f"a replica's gpus are {self.gpus!r}; give a whole number.")
         if not self.cpus >= 0:
             raise ConfigError(f"a replica's cpus are {self.cpus!r}; give 0 or more.")
 
 
-class NotSent(Exception):
-    """Nobody was chosen for a call."""
+@contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """Has this process be part of a Ray cluster.
+
+    In the main thread, and before it is told what to do with signals: Ray sets handlers of its own.
+
+    Args:
+        address: the cluster's; None: RAY_ADDRESS's, or one on this machine that ends with the process.
+
+    Raises:
+        EngineError: there is no such cluster.
+    """
+    local = address is None and "RAY_ADDRESS" not in os.environ
+    try:
+        ray.init(address="local" if local else address, log_to_driver=False, logging_level="warning")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {error}") from error
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 class Call:
@@ -103,11 +122,21 @@ class Call:
         Args:
             what: one of `_Replica`'s.
             args: for that.
-            choose: the replicas that serve → one of them; None once it was sent.
+            choose: the replicas that serve → one of them, or None for nobody.
         """
         self.what = what
         self.args = args
         self.choose = choose
+        self.failure: BaseException | None = None
+
+    @property
+    def was_sent(self) -> bool:
+        """Whether somebody was chosen to do it."""
+        return self.what != _NOTHING
+
+    def call_off(self, failure: BaseException | None = None) -> None:
+        """Nobody is to do it: it becomes a call to nothing, as Serve goes on choosing until a call is sent."""
+        self.what, self.args, self.failure = _NOTHING, (), failure
 
     def __reduce__(self) -> tuple[type[Call], tuple[Any, ...]]:
         return Call, (self.what, self.args)
@@ -131,12 +160,9 @@ class PolicyRouter(RequestRouter):
             chosen = await call.choose(frozenset(by_name))
             if chosen in by_name:
                 return [[by_name[chosen]]]
-            failure: Exception = NotSent()
-        except Exception as error:  # noqa: BLE001 - told to who has sent it; Serve would ask for ever
-            failure = error
-        assert pending_request is not None
-        if not pending_request.future.done():
-            pending_request.future.set_exception(failure)
+            call.call_off()
+        except Exception as error:  # noqa: BLE001 - told to who has asked
+            call.call_off(error)
         return [candidate_replicas]
 
 
@@ -254,12 +280,12 @@ class _Shelf:
 class _Replica:
     """A replica as Serve sees it: it has the engine's processes, and passes on what comes through Serve."""
 
-    async def __init__(self, make: Make, settings: RaySettings) -> None:  # type: ignore[misc]
-        world = max(1, settings.gpus)
+    async def __init__(self, make: Make, settings: RaySettings, gpus: int) -> None:  # type: ignore[misc]
+        world = max(1, gpus)
         group = get_current_placement_group()
         strategy = None if group is None else PlacementGroupSchedulingStrategy(group)
         options = {
-            "num_gpus": min(1, settings.gpus),
+            "num_gpus": min(1, gpus),
             "num_cpus": settings.cpus / world,
             "scheduling_strategy": strategy or "DEFAULT",
         }
@@ -273,7 +299,7 @@ class _Replica:
     async def ask(self, call: Call) -> Any:
         """Does what a call says."""
         engine = self._engines[0]
-        if call.what == "here":
+        if call.what == _NOTHING:
             return None
         if call.what == "meet":
             return engine, await engine.meet.remote(*call.args)
@@ -333,7 +359,7 @@ class RayLinks:
     """All replicas. See `Links`."""
 
     def __init__(self, make: Make, folders: Sequence[Path], settings: RaySettings | None = None) -> None:
-        """Begins nothing yet.
+        """Begins nothing yet. This process has to be `connected` when it does.
 
         Args:
             make: makes a replica's engine.
@@ -348,7 +374,7 @@ class RayLinks:
         self.app = "lorakit-" + hashlib.blake2b(pickle.dumps((make, self._settings)), digest_size=6).hexdigest()
         self._handle: Any = None
         self._shelf: Any = None
-        self._owns_ray = False
+        self._ours = False  # no other server's
 
     async def open(self, count: int) -> None:
         """See `Links`; goes on with replicas that a server before this one has left."""
@@ -356,11 +382,6 @@ class RayLinks:
 
     def _open(self, count: int) -> None:
         settings = self._settings
-        if not ray.is_initialized():
-            local = settings.address is None and "RAY_ADDRESS" not in os.environ
-            ray.init(address="local" if local else settings.address, log_to_driver=False, logging_level="warning")
-            self._owns_ray = True
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         shelf = ray.remote(_Shelf).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_concurrency=4)
@@ -368,14 +389,17 @@ class RayLinks:
         found = serve.status().applications.get(self.app)
         if found is not None and found.status == "RUNNING":
             self._handle = serve.get_app_handle(self.app)
-            self._scale(count)
             return
+        self._ours = True
+        gpus = settings.gpus
+        if gpus is None:
+            gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
         deployment = serve.deployment(_Replica).options(
             name=_DEPLOYMENT,
             num_replicas=count,
             max_ongoing_requests=_ONGOING,
             ray_actor_options={"num_cpus": 0},
-            placement_group_bundles=[{"CPU": settings.cpus, "GPU": settings.gpus}],
+            placement_group_bundles=[{"CPU": settings.cpus, "GPU": gpus}],
             health_check_period_s=1.0,
             health_check_timeout_s=30.0,
             graceful_shutdown_timeout_s=_LONGEST_DRAIN,
@@ -383,9 +407,8 @@ class RayLinks:
             request_router_config=RequestRouterConfig(request_router_class=PolicyRouter),
         )
         try:
-            self._handle = serve.run(
-                deployment.bind(self._make, settings), name=self.app, route_prefix=None, external_scaler_enabled=True
-            )
+            made = deployment.bind(self._make, settings, gpus)
+            self._handle = serve.run(made, name=self.app, route_prefix=None, external_scaler_enabled=True)
         except RuntimeError as error:
             raise EngineError(f"no replica could begin: {error}") from error
 
@@ -396,8 +419,7 @@ class RayLinks:
             seen(names)
             return None
 
-        with suppress(NotSent):
-            await self._ask(Call("here", (), look))
+        await self._ask(Call(_NOTHING, (), look))
 
     async def meet(self, id: str) -> tuple[RayLink, Hello]:
         """See `Links`."""
@@ -405,7 +427,12 @@ class RayLinks:
         async def this(names: frozenset[str]) -> str | None:
             return id if id in names else None
 
-        engine, hello = await self._ask(Call("meet", (self._cluster, self._shelf), this))
+        call = Call("meet", (self._cluster, self._shelf), this)
+        found = await self._ask(call)
+        if not call.was_sent:
+            raise EngineError(f"replica {id} is gone.")
+        engine, hello = found
+        self._ours = True
         stay = asyncio.ensure_future(self._stay(Call("stay", (self._cluster,), this)))
         return RayLink(engine, self._cluster, stay), hello
 
@@ -415,15 +442,15 @@ class RayLinks:
 
     async def give(self, given: Given, choose: Choose) -> bool:
         """See `Links`."""
-        try:
-            await self._ask(Call("take", (self._cluster, given), choose))
-        except NotSent:
-            return False
-        return True
+        call = Call("take", (self._cluster, given), choose)
+        await self._ask(call)
+        return call.was_sent
 
-    def _ask(self, call: Call) -> Awaitable[Any]:
-        asked: Awaitable[Any] = self._handle.ask.remote(call)
-        return asked
+    async def _ask(self, call: Call) -> Any:
+        answer = await self._handle.ask.remote(call)
+        if call.failure is not None:
+            raise call.failure
+        return answer
 
     async def scale(self, count: int) -> None:
         """See `Links`."""
@@ -439,13 +466,12 @@ class RayLinks:
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        with suppress(RayError, RuntimeError):
-            serve.delete(self.app)
+        if self._ours:
+            with suppress(RayError, RuntimeError):
+                serve.delete(self.app)
         if self._shelf is not None:
             with suppress(RayError, ValueError):
                 ray.kill(self._shelf)
-        if self._owns_ray:
-            ray.shutdown()
 
 
 def _free_port() -> int:

@@ -24,4 +24,5 @@ def begin_log(format: LogFormat) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter(_TEXT, rename_fields=_RENAMED) if format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(handlers=[handler])
-    log.setLevel(logging.INFO)
+    for one in (log, logging.getLogger("lorakit.scheduler")):
+        one.setLevel(logging.INFO)

@@ -15,7 +15,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from lorakit.engine.engine import Engine
 from lorakit.engine.handle import RequestHandle
 from lorakit.engine.stats import EngineStats
 from lorakit.server.served import Served
@@ -133,17 +132,17 @@ def _of_vllm(stats: EngineStats, served: Served) -> Iterator[Metric]:
         "Adapters whose requests run and wait, and how many the device has room for.",
         time.time(),
         {
-            "max_lora": str(_room(stats, served.engine)),
+            "max_lora": str(_room(stats, len(served.names))),
             "running_lora_adapters": ",".join(sorted(name for name in stats.running if name is not None)),
             "waiting_lora_adapters": ",".join(sorted(name for name in stats.waiting if name is not None)),
         },
     )
 
 
-def _room(stats: EngineStats, engine: Engine) -> int:
+def _room(stats: EngineStats, adapters: int) -> int:
     """How many adapters of the mean size the device holds at once; without a limit as many as there are."""
     if stats.device.limit is None or not stats.device.adapters:
-        return max(1, len(engine.model.adapters))
+        return max(1, adapters)
     return max(1, stats.device.limit * stats.device.adapters // max(1, stats.device.nbytes))
 
 
@@ -166,6 +165,7 @@ def _of_adapters(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("lorakit:adapter_load_bytes", "Bytes of them.", loads.copied_bytes)
     yield _counter("lorakit:adapter_load_seconds", "What that took, for requests.", loads.copy_seconds)
     yield _counter("lorakit:adapter_evictions", "Adapters that made room on the device.", loads.evictions)
+    yield _gauge("lorakit:replicas", "Engines that serve.", stats.replicas)
     yield _counter("lorakit:forwards", "Forwards since the engine's loop began.", stats.steps)
     yield _counter("lorakit:segments", "Adapters of each of them, the base being one, summed.", stats.segments)
     state = GaugeMetricFamily("lorakit:engine_state", "1 for the state that the engine is in.", labels=["state"])

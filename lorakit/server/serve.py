@@ -12,9 +12,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 import uvicorn
 
 from lorakit.adapters.bank import AdapterBank
@@ -27,7 +25,8 @@ from lorakit.server.adapters import Sources
 from lorakit.server.app import OnEnd, create_app
 from lorakit.server.faults import log
 from lorakit.server.logs import LogFormat, begin_log
-from lorakit.server.served import Served
+from lorakit.server.replicas import Replicas, base_options, start_cluster
+from lorakit.server.served import Served, Serving
 from lorakit.server.tokenizer import read_tokenizer
 
 
@@ -52,6 +51,7 @@ class Settings:
         adapter_hub: whether from the Hub, too.
         log_format: "text" or "json".
         engine: the engine's settings.
+        replicas: how many engines there are, on Ray; None: one, in this process.
     """
 
     base: str
@@ -70,6 +70,7 @@ class Settings:
     adapter_hub: bool = False
     log_format: LogFormat = "text"
     engine: EngineConfig = field(default_factory=EngineConfig)
+    replicas: Replicas | None = None
 
 
 def serve(settings: Settings) -> None:
@@ -87,6 +88,10 @@ def serve(settings: Settings) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
         begin_log(settings.log_format)
+        if settings.replicas is not None:
+            from lorakit.scheduler.ray_cluster import connected
+
+            opened.enter_context(connected(settings.replicas.address))
         host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
         log.info("%s at http://%s:%d", settings.bank, host, listener.getsockname()[1])
 
@@ -109,7 +114,7 @@ def serve(settings: Settings) -> None:
 
 
 def load(settings: Settings, on_end: OnEnd) -> Served:
-    """Loads the base, opens the bank and starts an engine.
+    """Loads the base, opens the bank and starts an engine, or many.
 
     Args:
         settings: what is loaded.
@@ -119,18 +124,29 @@ def load(settings: Settings, on_end: OnEnd) -> Served:
         BaseModelNotFoundError: there is no such base, or it has no tokenizer.
         BankError: the folder or the repository holds no bank.
         HubError: the Hub does not give it.
+        MissingDependencyError: several replicas, and no Ray.
+        EngineError: no replica could begin.
         BaseModelMismatchError: the bank was made for another base.
     """
     tokenizer = read_tokenizer(settings.base)
-    options: dict[str, Any] = {"dtype": settings.dtype}
-    if settings.attention is not None:
-        options["attn_implementation"] = settings.attention
-    if torch.cuda.is_available():
-        options["device_map"] = "cuda"
     bank = AdapterBank.from_pretrained(settings.bank, revision=settings.revision)
-    model = MultiLoraModel.from_pretrained(settings.base, bank, **options)
     folder = Path(settings.base)
     name = settings.name or (folder.resolve().name if folder.is_dir() else settings.base)  # not where it lies
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
-    engine = Engine(model, settings.engine, decode=decode, on_end=on_end)
-    return Served(engine.start(), tokenizer, name, request_timeout=settings.request_timeout)
+    serving: Serving
+    if settings.replicas is None:
+        options = base_options(settings.dtype, settings.attention)
+        model = MultiLoraModel.from_pretrained(settings.base, bank, **options)
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        serving = Engine(model, settings.engine, decode=decode, on_end=on_end).start()
+    else:
+        serving = start_cluster(
+            str(folder.resolve()) if folder.is_dir() else settings.base,
+            bank,
+            tokenizer,
+            settings.replicas,
+            dtype=settings.dtype,
+            attention=settings.attention,
+            config=settings.engine,
+            on_end=on_end,
+        )
+    return Served(serving, tokenizer, name, request_timeout=settings.request_timeout)

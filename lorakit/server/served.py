@@ -6,12 +6,13 @@ import asyncio
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.engine.engine import Engine
 from lorakit.engine.handle import RequestHandle
+from lorakit.engine.stats import EngineState, EngineStats
+from lorakit.engine.tenants import TenantPolicy
 from lorakit.errors import AdapterNotFoundError
 from lorakit.server.bodies import ChatBody, CompletionBody, Message
 from lorakit.server.faults import Fault, no_such_model
@@ -21,16 +22,72 @@ _T = TypeVar("_T")
 _RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
 
 
+class ServedAdapters(Protocol):
+    """The adapters of what serves: a model's, or a cluster's."""
+
+    @property
+    def adapters(self) -> list[str]:
+        """Their names."""
+        ...
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether there is one."""
+        ...
+
+    def load_adapter(self, name: str, source: str, *, replace: bool = False) -> None:
+        """See `MultiLoraModel`."""
+        ...
+
+    def pin_adapter(self, name: str) -> None:
+        """See `MultiLoraModel`."""
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """See `MultiLoraModel`."""
+        ...
+
+
+class Serving(Protocol):
+    """What serves requests: an engine, or a cluster of them. See `Engine`."""
+
+    @property
+    def model(self) -> ServedAdapters:
+        """Its adapters."""
+        ...
+
+    @property
+    def state(self) -> EngineState:
+        """Whether it serves."""
+        ...
+
+    @property
+    def submit(self) -> Callable[..., RequestHandle]:
+        """Queues a request."""
+        ...
+
+    def set_tenant(self, name: str, policy: TenantPolicy) -> None:
+        """Gives a tenant another policy."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """What it is doing."""
+        ...
+
+    def close(self) -> None:
+        """Ends it."""
+        ...
+
+
 class Served:
     """An engine that has begun, and what makes text of its tokens.
 
     Attributes:
-        engine: the engine.
+        engine: the engine, or a cluster of them.
         base_id: the base's name for clients.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, base_id: str, *, request_timeout: float | None = None
+        self, engine: Serving, tokenizer: PreTrainedTokenizerBase, base_id: str, *, request_timeout: float | None = None
     ) -> None:
         """Serves from now on.
 

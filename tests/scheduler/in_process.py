@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import torch
+from tiny_engines import text
 
 from lorakit import AdapterBank, Engine, MultiLoraModel
 from lorakit.engine.config import EngineConfig
@@ -146,8 +147,3 @@ class InProcess:
         for link in (*self.links.values(), *self.ended):
             link.killed = True
             await asyncio.to_thread(link.worker.engine.close)
-
-
-def text(tokens: Sequence[int]) -> str:
-    """What stop strings are looked for in."""
-    return " ".join(map(str, tokens))

@@ -5,8 +5,10 @@ import threading
 import time
 
 import pytest
-from in_process import InProcess, text
+from clusters import ADAPTERS, long, spread, submitted, wait_until
+from in_process import InProcess
 from served import SMALL, Asked, alone, config, double, family, requests
+from tiny_engines import text
 
 import lorakit
 from lorakit import AdapterBank, MultiLoraModel
@@ -23,7 +25,6 @@ from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.cluster import Cluster, ClusterConfig
 from lorakit.scheduler.policy import Policy
 
-ADAPTERS = [None, "lora", "dora", "alora", "embeddings"]
 QUICK = Policy(linger=0.2, look_every=0.1, consolidate_every=None, ask_at=1, least=1, most=3, spare=0)
 
 
@@ -44,7 +45,7 @@ def started(bank, tmp_path, request):
     clusters = []
 
     def start(policy=QUICK, engine=SMALL, **settings):
-        catalog = Catalog(bank, family()[0], tmp_path / "loaded")
+        catalog = Catalog(bank, family()[0])
         links = InProcess(lambda: MultiLoraModel(double()), catalog, engine)
         options = {"beat": 0.1, "silence": 5.0, "start_timeout": 60.0} | settings
         base = double()
@@ -66,13 +67,6 @@ def started(bank, tmp_path, request):
         cluster.close()
 
 
-def wait_until(holds, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert holds()
-
-
 def at_rest(cluster, links):
     """Nothing is left anywhere, and all that is counted is nothing."""
     wait_until(lambda: not cluster.stats().open and not cluster._flights)
@@ -82,23 +76,6 @@ def at_rest(cluster, links):
     assert not any(cluster._fleet.sizes[1:])
     for link in links.serving:
         assert not link.worker.engine.stats().open
-
-
-def submitted(cluster, asked, **settings):
-    return [cluster.submit(one.prompt, one.adapter, max_new_tokens=one.tokens, **settings) for one in asked]
-
-
-def long(count, seed=0, tokens=40):
-    return [Asked(one.prompt, one.adapter, tokens) for one in requests(count, ADAPTERS, seed=seed, longest=20)]
-
-
-def spread(cluster, handles):
-    """Moves every other sequence to the youngest replica; in the cluster's loop."""
-    youngest = min(cluster._replicas)
-    for handle in handles[::2]:
-        flight = handle.parts[0]
-        if flight.replica not in (-1, youngest) and not flight.leaving:
-            cluster._move(flight, youngest)
 
 
 def test_three_replicas_give_what_a_request_gives_alone(started, model):
