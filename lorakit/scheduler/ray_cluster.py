@@ -152,8 +152,9 @@ class PolicyRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """The one replica that the policy names."""
-        call = None if pending_request is None else pending_request.args[0]
-        if not isinstance(call, Call) or call.choose is None:
+        # Serve pickles this class with its module, so that in a process which it comes to `Call` is not ours.
+        call: Any = None if pending_request is None else pending_request.args[0]
+        if getattr(call, "choose", None) is None:
             return [candidate_replicas]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         try:
