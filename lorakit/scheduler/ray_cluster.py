@@ -33,8 +33,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorakit.errors import ConfigError, EngineError, MissingDependencyError
-from lorakit.scheduler.links import Choose
-from lorakit.scheduler.messages import Given, Hello, Known, News
 
 try:
     import ray
@@ -47,8 +45,12 @@ try:
 except ImportError as error:
     raise MissingDependencyError(f"several replicas need Ray ({error}): pip install lorakit[ray].") from error
 
+# Those of Serve's processes that only pass things on need no torch, which takes seconds and half a gigabyte: what they
+# pass on is pickled, and they do not look into it.
 if TYPE_CHECKING:
     from lorakit.engine.engine import Engine
+    from lorakit.scheduler.links import Choose
+    from lorakit.scheduler.messages import Given, Hello, Known, News
 
 Make: TypeAlias = Callable[[], "Engine"]
 """Makes a replica's engine, which has not been started; pickled, and called in its process."""
@@ -170,11 +172,11 @@ class PolicyRouter(RequestRouter):
 class EngineActor:
     """An engine in a process of its own; or one of several that share a base, of which the first is asked."""
 
-    def __init__(self, make: Make, lease: float, rank: int, world: int, address: tuple[str, int] | None) -> None:
+    def __init__(self, make: bytes, lease: float, rank: int, world: int, address: tuple[str, int] | None) -> None:
         """Begins to serve: of several, when all have come.
 
         Args:
-            make: makes the engine.
+            make: makes the engine, pickled.
             lease: see `RaySettings`.
             rank: which of the processes this is.
             world: how many share the base.
@@ -189,7 +191,7 @@ class EngineActor:
         self._shelf: Any = None
         self._others: list[Any] = []
         self._left = asyncio.Event()
-        self.worker = Worker(make().start(), self._fetch, lease=lease)
+        self.worker = Worker(pickle.loads(make)().start(), self._fetch, lease=lease)
 
     async def ready(self) -> None:
         """It serves."""
@@ -198,13 +200,13 @@ class EngineActor:
         """Is asked for what these know, too."""
         self._others = others
 
-    async def meet(self, cluster: str, shelf: Any) -> Hello:
-        """See `Worker.hello`; adapters come from the shelf."""
+    async def meet(self, cluster: str, shelf: Any) -> bytes:
+        """See `Worker.hello`, which is pickled; adapters come from the shelf."""
         hello = await asyncio.to_thread(self.worker.hello, cluster)
         self._shelf, self._left = shelf, asyncio.Event()
         for other in self._others:
             await other.meet.remote(cluster, shelf)
-        return hello
+        return pickle.dumps(hello)
 
     async def know(self, adapters: Sequence[Known]) -> None:
         """See `Worker.know`."""
@@ -220,9 +222,9 @@ class EngineActor:
         """See `Worker.unpin`."""
         await asyncio.to_thread(self.worker.unpin, name)
 
-    async def take(self, cluster: str, given: Given) -> None:
+    async def take(self, cluster: str, given: bytes) -> None:
         """See `Worker.take`."""
-        await asyncio.to_thread(self.worker.take, cluster, given)
+        await asyncio.to_thread(self.worker.take, cluster, pickle.loads(given))
 
     async def cancel(self, tickets: Collection[int]) -> None:
         """See `Worker.cancel`."""
@@ -281,7 +283,7 @@ class _Shelf:
 class _Replica:
     """A replica as Serve sees it: it has the engine's processes, and passes on what comes through Serve."""
 
-    async def __init__(self, make: Make, settings: RaySettings, gpus: int) -> None:  # type: ignore[misc]
+    async def __init__(self, make: bytes, settings: RaySettings, gpus: int) -> None:  # type: ignore[misc]
         world = max(1, gpus)
         group = get_current_placement_group()
         strategy = None if group is None else PlacementGroupSchedulingStrategy(group)
@@ -367,12 +369,12 @@ class RayLinks:
             folders: of the banks in which adapters lie, or will.
             settings: where replicas run.
         """
-        self._make = make
+        self._make = pickle.dumps(make)
         self._folders = [folder.resolve() for folder in folders]
         self._settings = settings or RaySettings()
         self._cluster = uuid.uuid4().hex
         # Servers that want the same share the name, so that one that begins anew finds what the last one has left.
-        self.app = "lorakit-" + hashlib.blake2b(pickle.dumps((make, self._settings)), digest_size=6).hexdigest()
+        self.app = "lorakit-" + hashlib.blake2b(pickle.dumps((self._make, self._settings)), digest_size=6).hexdigest()
         self._handle: Any = None
         self._shelf: Any = None
         self._ours = False  # no other server's
@@ -432,7 +434,7 @@ class RayLinks:
         found = await self._ask(call)
         if not call.was_sent:
             raise EngineError(f"replica {id} is gone.")
-        engine, hello = found
+        engine, hello = found[0], pickle.loads(found[1])
         self._ours = True
         stay = asyncio.ensure_future(self._stay(Call("stay", (self._cluster,), this)))
         return RayLink(engine, self._cluster, stay), hello
@@ -443,7 +445,7 @@ class RayLinks:
 
     async def give(self, given: Given, choose: Choose) -> bool:
         """See `Links`."""
-        call = Call("take", (self._cluster, given), choose)
+        call = Call("take", (self._cluster, pickle.dumps(given)), choose)
         await self._ask(call)
         return call.was_sent
 

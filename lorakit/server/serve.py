@@ -6,6 +6,7 @@ no more connections, lets requests under way end, and goes.
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -92,6 +93,8 @@ def serve(settings: Settings) -> None:
             from lorakit.scheduler.ray_cluster import connected
 
             opened.enter_context(connected(settings.replicas.address))
+            # uvicorn raises it again when it has ended, and Ray is to be left in order.
+            signal.signal(signal.SIGTERM, lambda *_: None)
         host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
         log.info("%s at http://%s:%d", settings.bank, host, listener.getsockname()[1])
 

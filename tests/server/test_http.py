@@ -132,28 +132,33 @@ def folders(tmp_path_factory, base, tokenizer, tenants):
     return folder
 
 
-def test_the_command_serves_and_lets_requests_end_when_it_is_told_to(folders):
+_ON_RAY = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+
+
+@pytest.mark.parametrize("more", [(), pytest.param(("--replicas", "1:2"), marks=_ON_RAY, id="replicas")])
+def test_the_command_serves_and_lets_requests_end_when_it_is_told_to(folders, tmp_path, more):
+    if more:
+        pytest.importorskip("ray")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     command = [sys.executable, "-m", "lorakit", "serve", str(folders / "base"), "--bank", str(folders / "bank")]
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--max-requests", "4"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
+        [*command, "--port", str(port), "--max-requests", "4", *more],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+        stderr=(tmp_path / "log").open("w"),  # a pipe would be full of what /health is asked
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
 
             def ready():
-                assert process.poll() is None, process.stderr.read()
+                assert process.poll() is None, (tmp_path / "log").read_text()
                 try:
                     return http.get("/health").status_code == 200
                 except httpx.TransportError:
                     return False
 
-            until(ready, 90)
+            until(ready, 120)
             assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["base", "sql"]
             asked = {**CHAT, "stream": True, "max_tokens": 120}
             with http.stream("POST", "/v1/chat/completions", json=asked, headers={"x-request-id": "mine"}) as answer:
@@ -162,8 +167,8 @@ def test_the_command_serves_and_lets_requests_end_when_it_is_told_to(folders):
                 process.send_signal(signal.SIGTERM)
                 rest = list(lines)
             assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
-        assert process.wait(30) in (0, -signal.SIGTERM)
-        log = process.stderr.read()
+        assert process.wait(90) in (0, -signal.SIGTERM)
+        log = (tmp_path / "log").read_text()
         assert f"http://127.0.0.1:{port}" in log and "POST /v1/chat/completions 200" in log and "(mine)" in log
     finally:
         process.kill()
