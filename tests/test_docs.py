@@ -23,6 +23,7 @@ PAGES = (
     "generate",
     "engine",
     "serve",
+    "replicas",
     "hub",
     "demo",
     "simulate",

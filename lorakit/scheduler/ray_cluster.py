@@ -102,7 +102,8 @@ def connected(address: str | None = None) -> Iterator[None]:
     """
     local = address is None and "RAY_ADDRESS" not in os.environ
     try:
-        ray.init(address="local" if local else address, log_to_driver=False, logging_level="warning")
+        own = {"address": "local", "include_dashboard": False} if local else {"address": address}
+        ray.init(**own, log_to_driver=False, logging_level="warning")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {error}") from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,36 @@ def test_stats_tell_how_mixed_batches_are(model):
         assert more.segments - stats.segments > 2 * (more.steps - stats.steps) > 0
         engine.generate(prompts, "lora", max_new_tokens=5, progress=False)
         assert engine.stats().segments - more.segments == engine.stats().steps - more.steps
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 5, "stop": ["99 "], "ignore_eos": True}])
+def test_what_began_on_another_engine_goes_on(model, settings):
+    prompt = [11, 12, *INVOCATION, 13]
+    for name in (None, "lora", "alora"):
+        with Engine(model, SMALL, decode=lambda tokens: " ".join(map(str, tokens))) as engine:
+            first = engine.submit(prompt, name, max_new_tokens=20, **settings)
+            whole = first.result(60)
+            assert len(whole.token_ids) > 2
+            for begun in (1, len(whole.token_ids) // 2, len(whole.token_ids) - 1):
+                request = dataclasses.replace(first.request, streamed=whole.token_ids[:begun])
+                rest = engine.take(request).result(60)
+                assert rest.token_ids == whole.token_ids[begun:]
+                assert (rest.finish_reason, rest.stop) == (whole.finish_reason, whole.stop)
+            at_rest(engine)
+
+
+def test_sequences_that_are_served_apart_are_drawn_as_together(engine):
+    together = engine.submit(PROMPT, "lora", max_new_tokens=8, temperature=1.0, seed=3, n=3)
+    apart = [
+        engine.take(dataclasses.replace(together.request, n=1, drawn_as=sequence)).result(60) for sequence in range(3)
+    ]
+    assert [one.token_ids for one in apart] == [one.token_ids for one in together.results(60)]
+
+
+def test_a_request_that_was_checked_elsewhere_is_refused_where_its_adapter_is_not(engine):
+    request = engine.submit(PROMPT, "lora", max_new_tokens=1).request
+    with pytest.raises(AdapterNotFoundError, match="lara"):
+        engine.take(dataclasses.replace(request, adapter="lara"))
 
 
 def test_requests_that_must_leave_the_batch_give_the_same(model):
