@@ -76,7 +76,7 @@ class Catalog:
     def adapters(self) -> list[str]:
         """The names."""
         with self._lock:
-            loaded = [] if self._loaded is None else self._loaded.names
+            loaded = {} if self._loaded is None else self._loaded.entries
             return [*(name for name in self.bank.names if name not in self._unloaded and name not in loaded), *loaded]
 
     def has_adapter(self, name: str) -> bool:

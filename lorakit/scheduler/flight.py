@@ -26,6 +26,7 @@ class Flight:
         generated: its tokens, wherever they came from.
         replica: the replica that has it, or -1.
         ticket: what it goes by there.
+        given: when it was given to that one, by `time.monotonic`.
         begun: whether it has got a token there.
         leaving: whether it was taken back, and its replica has not said so yet.
         target: the replica that keeps a place for it meanwhile, or -1.
@@ -54,6 +55,7 @@ class Flight:
         self.generated: list[int] = []
         self.replica = -1
         self.ticket = -1
+        self.given = 0.0
         self.begun = False
         self.leaving = False
         self.target = -1

@@ -18,7 +18,8 @@ from lorakit.engine.engine import Engine
 from lorakit.errors import BaseModelNotFoundError, ConfigError
 from lorakit.runtime.model import MultiLoraModel, load_base
 from lorakit.scheduler.catalog import Catalog
-from lorakit.scheduler.cluster import Cluster, ClusterConfig
+from lorakit.scheduler.cluster import Cluster
+from lorakit.scheduler.config import ClusterConfig
 from lorakit.scheduler.policy import Policy
 from lorakit.server.tokenizer import read_tokenizer
 

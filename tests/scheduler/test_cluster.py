@@ -22,7 +22,8 @@ from lorakit.errors import (
     RequestError,
 )
 from lorakit.scheduler.catalog import Catalog
-from lorakit.scheduler.cluster import Cluster, ClusterConfig
+from lorakit.scheduler.cluster import Cluster
+from lorakit.scheduler.config import ClusterConfig
 from lorakit.scheduler.policy import Policy
 
 QUICK = Policy(linger=0.2, look_every=0.1, consolidate_every=None, ask_at=1, least=1, most=3, spare=0)
@@ -69,11 +70,11 @@ def started(bank, tmp_path, request):
 
 def at_rest(cluster, links):
     """Nothing is left anywhere, and all that is counted is nothing."""
-    wait_until(lambda: not cluster.stats().open and not cluster._flights)
+    wait_until(lambda: not cluster.stats().open and not cluster._dispatcher._flights)
     wait_until(lambda: all(not link.worker._rows for link in links.serving))
     wait_until(lambda: not cluster._tenants.waiting and not cluster._tenants._running)
-    wait_until(lambda: all(not replica.working_set for replica in cluster._replicas.values()))
-    assert not any(cluster._fleet.sizes[1:])
+    wait_until(lambda: all(not replica.working_set for replica in cluster._dispatcher._replicas.values()))
+    assert not any(cluster._dispatcher._fleet.sizes[1:])
     for link in links.serving:
         assert not link.worker.engine.stats().open
 
@@ -100,18 +101,18 @@ def test_what_moves_goes_on_where_it_stopped(started, model):
     whole = [handle.result(60).token_ids for handle in submitted(cluster, asked, **sampled)]
 
     def move_all():
-        for flights in list(cluster._flights.values()):
+        for flights in list(cluster._dispatcher._flights.values()):
             for flight in flights:
-                others = [number for number in cluster._replicas if number != flight.replica]
+                others = [number for number in cluster._dispatcher._replicas if number != flight.replica]
                 if flight.begun and not flight.leaving:
-                    cluster._move(flight, others[0])
+                    cluster._dispatcher._move(flight, others[0])
 
     for settings, wanted in (({}, expected), (sampled, whole)):
         handles = submitted(cluster, asked, **settings)
         moves = 0
         while not all(handle.done for handle in handles):
             flights = [flight for handle in handles for flight in handle.parts]
-            cluster._call(move_all)
+            cluster._dispatcher._call(move_all)
             time.sleep(0.02)
             moves = max(moves, sum(flight.moves for flight in flights))
         assert [handle.result(60).token_ids for handle in handles] == wanted
@@ -145,7 +146,7 @@ def test_a_replica_that_hangs_is_given_up(started, model):
     wait_until(lambda: cluster.stats().replicas == 2)
     handles = submitted(cluster, asked)
     next(iter(handles[0]))
-    hanging = links.links[cluster._replicas[handles[0].parts[0].replica].name]
+    hanging = links.links[cluster._dispatcher._replicas[handles[0].parts[0].replica].name]
     hanging.hangs = True
     assert [handle.result(60).token_ids for handle in handles] == expected
     assert hanging.killed
@@ -205,10 +206,10 @@ def test_replicas_end_under_load(started, model):
 
     def shrink():
         spread(cluster, handles)
-        cluster.policy = Policy(least=1, most=3, linger=60.0, consolidate_every=None, ask_at=100)
-        cluster._scale(1)
+        cluster._dispatcher.policy = Policy(least=1, most=3, linger=60.0, consolidate_every=None, ask_at=100)
+        cluster._dispatcher._scale(1)
 
-    cluster._call(shrink)
+    cluster._dispatcher._call(shrink)
     assert [handle.result(60).token_ids for handle in handles] == expected
     wait_until(lambda: cluster.stats().replicas == 1)
     assert sum(handle.parts[0].moves for handle in handles) > 2
@@ -226,9 +227,9 @@ def test_lightly_loaded_replicas_empty_out(started, model):
 
     def apart():
         spread(cluster, handles)
-        cluster.policy = wide
+        cluster._dispatcher.policy = wide
 
-    cluster._call(apart)
+    cluster._dispatcher._call(apart)
     assert [handle.result(60).token_ids for handle in handles] == expected
     assert sum(handle.parts[0].moves for handle in handles) >= 2
     at_rest(cluster, links)
@@ -353,7 +354,7 @@ def test_whatever_happens_every_request_is_answered(started, model, seed):
             elif what < 0.4:
                 rng.choice(links.serving).hangs = True
             elif what < 0.6:
-                cluster._call(cluster._scale, rng.randint(1, 3))
+                cluster._dispatcher._call(cluster._dispatcher._scale, rng.randint(1, 3))
 
     troubled = threading.Thread(target=trouble)
     troubled.start()

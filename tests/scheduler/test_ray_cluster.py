@@ -24,7 +24,8 @@ ray = pytest.importorskip("ray")
 from tiny_engines import make, make_picky, text
 
 from lorakit.scheduler.catalog import Catalog
-from lorakit.scheduler.cluster import Cluster, ClusterConfig
+from lorakit.scheduler.cluster import Cluster
+from lorakit.scheduler.config import ClusterConfig
 from lorakit.scheduler.policy import Policy
 from lorakit.scheduler.ray_cluster import RayLinks, RaySettings
 
@@ -81,7 +82,7 @@ def shared(bank):
 def cluster(shared):
     wait_until(lambda: shared.stats().replicas == 2, 90)
     yield shared
-    wait_until(lambda: not shared.stats().open and not shared._flights)
+    wait_until(lambda: not shared.stats().open and not shared._dispatcher._flights)
     assert not shared._tenants.waiting and not shared._tenants._running
 
 
@@ -124,7 +125,7 @@ def test_streams_survive_a_move(cluster, model):
     expected = [alone(model, one) for one in asked]
     handles = submitted(cluster, asked)
     for _ in range(20):
-        cluster._call(spread, cluster, handles)
+        cluster._dispatcher._call(spread, cluster, handles)
         time.sleep(0.02)
     check(handles, expected)
     assert sum(handle.parts[0].moves for handle in handles) >= 2
@@ -143,7 +144,7 @@ def test_a_replica_is_killed_in_the_middle_of_streams(cluster, model, name):
     asked = long(10)
     expected = [alone(model, one) for one in asked]
     handles = submitted(cluster, asked)
-    cluster._call(spread, cluster, handles)
+    cluster._dispatcher._call(spread, cluster, handles)
     for handle in handles[:4]:
         next(iter(handle))
     random.Random(0).choice(processes(name)).kill()
@@ -176,17 +177,17 @@ def test_replicas_end_under_load_and_come_again(cluster, model):
     asked = long(10)
     expected = [alone(model, one) for one in asked]
     handles = submitted(cluster, asked)
-    cluster._call(spread, cluster, handles)
+    cluster._dispatcher._call(spread, cluster, handles)
 
     def shrink():
-        cluster.policy = Policy(least=1, most=2, linger=600.0, consolidate_every=None, ask_at=100)
-        cluster._scale(1)
+        cluster._dispatcher.policy = Policy(least=1, most=2, linger=600.0, consolidate_every=None, ask_at=100)
+        cluster._dispatcher._scale(1)
 
-    cluster._call(shrink)
+    cluster._dispatcher._call(shrink)
     check(handles, expected)
     wait_until(lambda: cluster.stats().replicas == 1)
     wait_until(lambda: len(processes("ray::EngineActor")) == 1, 60)
-    cluster.policy = TWO
+    cluster._dispatcher.policy = TWO
 
 
 def test_an_adapter_that_loads_on_one_replica_only(bank, model, tmp_path):
@@ -223,7 +224,7 @@ def test_the_router_is_killed_and_another_takes_over(bank, model, tmp_path):
             check(submitted(cluster, asked), expected)
             stats = cluster.stats()
             assert stats.replicas == 1
-            wait_until(lambda: cluster._replicas and next(iter(cluster._replicas.values())).stats.open == 0)
+            wait_until(lambda: [one.stats and one.stats.open for one in cluster._dispatcher.replicas] == [0])
             assert {process.pid for process in processes("ray::EngineActor")} <= before
     finally:
         front.kill()

@@ -1,0 +1,696 @@
+"""The loop of a cluster: sequences wait, are given to replicas, move between them, and survive them.
+
+All decisions are those of `policy.py`, and all of them are taken in one thread. What a sequence has generated is known
+here, so that any replica can go on with it: one that is moved, evicted, or whose replica dies begins anew elsewhere
+with its prompt and its tokens, in its old place of the queue. No token is lost or given twice.
+
+A move: the target keeps a place and reads the adapter; the source ends the sequence after the token that it is at; its
+last tokens come, and then the target is given all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from lorakit.engine.handle import RequestHandle, Token
+from lorakit.engine.tenants import Tenants
+from lorakit.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    EngineBusyError,
+    EngineCrashedError,
+    EngineError,
+    EngineStoppedError,
+    RequestError,
+)
+from lorakit.scheduler.catalog import Catalog, Change
+from lorakit.scheduler.config import ClusterConfig
+from lorakit.scheduler.fleet import Fleet
+from lorakit.scheduler.flight import Counted, Flight
+from lorakit.scheduler.links import Links
+from lorakit.scheduler.live import LiveReplica
+from lorakit.scheduler.messages import Ending, Given, Hello, News
+from lorakit.scheduler.policy import Policy, consolidate, may_release, newest, route, scale_up
+from lorakit.scheduler.queues import FairFcfs
+from lorakit.scheduler.snapshot import Limits
+
+_log = logging.getLogger(__name__)
+
+_LOOK = 0.5  # seconds between two looks at which replicas there are
+_MEET_AGAIN = 2.0  # seconds after which a replica that could not be met is met again
+_NO_LIMIT = Limits(batch=1, blocks=1, block_tokens=1)
+
+
+class Dispatcher:
+    """Has replicas serve sequences. What has no underscore may be called from any thread.
+
+    Attributes:
+        policy: which replica, and how many.
+        capacity: the most tokens that one sequence may have; 0 until a replica has come.
+    """
+
+    def __init__(self, links: Links, catalog: Catalog, policy: Policy, config: ClusterConfig, tenants: Tenants) -> None:
+        """Begins nothing yet.
+
+        Args:
+            links: reach the replicas.
+            catalog: the adapters.
+            policy: which replica, and how many.
+            config: the settings.
+            tenants: counts, weights and caps.
+        """
+        self.policy = policy
+        self.capacity = 0
+        self._links = links
+        self._catalog = catalog
+        self._config = config
+        self._tenants = tenants
+        self._lock = threading.Lock()
+        self._adapters: dict[str, int] = {}  # numbers of adapters' contents
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="lorakit-cluster", daemon=True)
+        self._first: Future[None] = Future()
+        # What follows is the loop's alone.
+        self._limits = _NO_LIMIT
+        self._fleet = Fleet(1)
+        self._queue: FairFcfs[Flight] = self._new_queue()
+        self._replicas: dict[int, LiveReplica] = {}
+        self._numbers: dict[str, int] = {}  # those of replicas, by the names that the links have for them
+        self._meeting: set[str] = set()
+        self._lost: set[str] = set()
+        self._flights: dict[str, list[Flight]] = {}  # by the ids of their requests
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._tickets = itertools.count()
+        self._target = max(1, policy.least)
+        self._consolidated = 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # ---- for a cluster
+
+    def start(self) -> None:
+        """Has the first replicas begin, and waits for one of them.
+
+        Raises:
+            EngineError: no replica could begin, or came in time.
+            EngineBusyError: another server uses the replicas.
+        """
+        self._thread.start()
+        self._catalog.follow(lambda change: self._call(self._changed, change))
+        self._call(self._begin)
+        try:
+            self._first.result(self._config.start_timeout)
+        except TimeoutError:
+            seconds = self._config.start_timeout
+            raise EngineError(f"no replica came within {seconds:.0f} s; are there GPUs free?") from None
+
+    def close(self) -> None:
+        """Ends all replicas, and the loop."""
+        if self._thread.is_alive():
+            with suppress(Exception):
+                asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(60)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10)
+
+    @property
+    def replicas(self) -> list[LiveReplica]:
+        """The replicas, to be looked at."""
+        return list(self._replicas.values())
+
+    def arrive(self, handle: RequestHandle, flights: list[Flight]) -> None:
+        """A request has come, and its sequences wait."""
+        for flight in flights:
+            self._count(flight, "waiting")
+        self._call(self._arrive, handle, flights)
+
+    def withdraw(self, handle: RequestHandle) -> None:
+        """A request is over, wherever its sequences are."""
+        self._call(self._withdraw, handle)
+
+    def number_of(self, key: str | None) -> int:
+        """What stands for an adapter's content; -1 for the base."""
+        with self._lock:
+            return -1 if key is None else self._adapters.setdefault(key, len(self._adapters))
+
+    # ---- the loop
+
+    def _count(self, flight: Flight, how: Counted | None) -> None:
+        """Counts a sequence as waiting, as running, or no more."""
+        change = {"waiting": 0, "running": 0}
+        if flight.counted is not None:
+            change[flight.counted] -= 1
+        if how is not None:
+            change[how] += 1
+        flight.counted = how
+        self._tenants.count(flight.tenant, **change)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    def _call(self, what: Callable[..., object], *args: Any) -> None:
+        """Has the loop do something."""
+        with suppress(RuntimeError):  # it was closed
+            self._loop.call_soon_threadsafe(what, *args)
+
+    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._spawned)
+
+    def _spawned(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("the cluster's loop failed in a part", exc_info=task.exception())
+
+    def _begin(self) -> None:
+        self._spawn(self._open())
+
+    async def _open(self) -> None:
+        try:
+            await self._links.open(self._target)
+        except BaseException as error:  # noqa: BLE001 - told to whoever starts it
+            self._fail_start(error)
+            return
+        self._spawn(self._look_for_replicas())
+        self._spawn(self._look())
+
+    def _fail_start(self, error: BaseException) -> None:
+        if not self._first.done():
+            self._first.set_exception(error)
+
+    async def _end(self) -> None:
+        for task in list(self._tasks):
+            if task is not asyncio.current_task():
+                task.cancel()
+        await self._links.close()
+
+    # ---- replicas come and go
+
+    async def _look_for_replicas(self) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(self._links.ids(self._see), 10 * _LOOK)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # noqa: BLE001 - there may be none for a while
+                _log.debug("nobody tells which replicas there are: %s", error)
+            await asyncio.sleep(_LOOK)
+
+    def _see(self, ids: frozenset[str]) -> None:
+        """Which replicas serve, as of now; in any thread."""
+        self._call(self._sync, ids)
+
+    def _sync(self, ids: frozenset[str]) -> None:
+        for name in ids - self._numbers.keys() - self._meeting - self._lost:
+            self._meeting.add(name)
+            self._spawn(self._meet(name))
+        for name in self._numbers.keys() - ids:
+            self._drain(self._replicas[self._numbers[name]])
+        self._lost &= ids
+
+    async def _meet(self, name: str) -> None:
+        try:
+            link, hello = await self._links.meet(name)
+            pinned = [self._catalog.known(one) for one in self._catalog.pinned]
+            if pinned:
+                await link.know(pinned)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it may be on its way out
+            _log.warning("replica %s cannot be reached: %s", name, error)
+            if isinstance(error, EngineBusyError):
+                self._fail_start(error)
+            await asyncio.sleep(_MEET_AGAIN)
+            self._meeting.discard(name)
+            return
+        self._meeting.discard(name)
+        self._settle(hello)
+        replica = LiveReplica(self._free_number(), name, link, hello)
+        replica.knows |= {one.name for one in pinned}
+        self._replicas[replica.id] = replica
+        self._numbers[name] = replica.id
+        self._fleet.add(replica)
+        self._spawn(self._listen(replica))
+        self._spawn(self._beat(replica))
+        _log.info("replica %s serves", name)
+        if not self._first.done():
+            self._first.set_result(None)
+            self._spawn(self._links.scale(self._target))  # those that a server before this one has left may be others
+        self._admit()
+
+    def _settle(self, hello: Hello) -> None:
+        """Takes over what the first replica holds; all are alike."""
+        if self._limits is _NO_LIMIT:
+            self._limits, self.capacity = hello.limits, hello.capacity
+            self._fleet = Fleet(hello.limits.batch)
+
+    def _free_number(self) -> int:
+        """The highest below all others: ties go to the highest, so the youngest empty first, and go first."""
+        if not self._replicas:
+            return 2 * self.policy.most
+        lowest = min(self._replicas)
+        return lowest - 1 if lowest else next(one for one in itertools.count() if one not in self._replicas)
+
+    async def _listen(self, replica: LiveReplica) -> None:
+        try:
+            async for news in replica.link.news():
+                self._hear(replica, news)
+            reason = "it ended"
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a replica dies in many ways
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        self._lose(replica, reason)
+
+    async def _beat(self, replica: LiveReplica) -> None:
+        while self._replicas.get(replica.id) is replica:
+            with suppress(Exception):
+                replica.stats = await asyncio.wait_for(replica.link.beat(), self._config.silence)
+            await asyncio.sleep(self._config.beat)
+
+    def _drain(self, replica: LiveReplica) -> None:
+        """A replica is about to end: what it has moves, or ends there."""
+        if not replica.draining:
+            replica.draining = True
+            self._fleet.remove(replica.id)
+            for flight in replica.expected:
+                self._call_off(flight)
+            _log.info("replica %s is drained", replica.name)
+        for flight in sorted(replica.requests(), key=lambda one: (one.arrival, one.key)):
+            target = route(self._fleet, flight, self._limits, self.policy, self._among(flight))
+            if target is not None:
+                self._move(flight, target)
+        if not replica.working_set:
+            self._forget(replica)
+            self._spawn(self._let_go(replica))
+
+    async def _let_go(self, replica: LiveReplica) -> None:
+        with suppress(Exception):
+            await replica.link.let_go()
+
+    def _lose(self, replica: LiveReplica, reason: str) -> None:
+        """A replica is gone, or given up: what it had begins anew elsewhere."""
+        if self._replicas.get(replica.id) is not replica:
+            return
+        _log.warning("replica %s is lost: %s", replica.name, reason)
+        self._lost.add(replica.name)
+        self._forget(replica)
+        replica.link.kill()
+        for flight in replica.expected:
+            self._call_off(flight)
+        for flight in list(replica.flights.values()):
+            self._call_off(flight)
+            self._ground(flight)
+            flight.deaths += 1
+            if flight.deaths >= self._config.tries:
+                self._fail(
+                    flight,
+                    EngineCrashedError(f"{flight.deaths} replicas died with the request, the last by: {reason}"),
+                )
+            self._again(flight)
+        self._admit()
+        self._ask()
+
+    def _forget(self, replica: LiveReplica) -> None:
+        del self._replicas[replica.id]
+        del self._numbers[replica.name]
+        if not replica.draining:
+            self._fleet.remove(replica.id)
+
+    # ---- sequences come and go
+
+    def _arrive(self, handle: RequestHandle, flights: list[Flight]) -> None:
+        self._flights[handle.id] = flights
+        if handle.request.deadline is not None:
+            left = handle.submitted + handle.request.deadline - time.monotonic()
+            self._timers[handle.id] = self._loop.call_later(max(0.0, left), self._overdue, handle)
+        for flight in flights:
+            self._queue.add(flight)
+        self._admit()
+        self._ask()
+
+    def _admit(self) -> None:
+        """Gives who waits to replicas, in order, as long as there is room."""
+        again = True
+        while again:
+            again = False
+            for flight in list(self._queue.heads()):
+                if flight.over or flight.handle.done:
+                    self._queue.take(flight)
+                    self._close(flight)
+                    again = True
+                    break
+                number = route(self._fleet, flight, self._limits, self.policy, self._among(flight))
+                if number is not None:
+                    self._queue.take(flight)
+                    self._give(flight, number)
+                    again = True
+                    break
+
+    def _among(self, flight: Flight) -> int:
+        """The set of replicas that may serve a sequence."""
+        return ~sum(1 << self._numbers[name] for name in flight.avoid if name in self._numbers)
+
+    def _give(self, flight: Flight, number: int) -> None:
+        flight.replica, flight.ticket, flight.given = number, next(self._tickets), time.monotonic()
+        flight.placed, flight.begun, flight.leaving = True, False, False
+        self._count(flight, "running")
+        replica = self._replicas[number]
+        replica.add(flight)
+        self._fleet.resize(number, replica.working_set)
+        self._spawn(self._send(flight, flight.ticket))
+
+    async def _send(self, flight: Flight, ticket: int) -> None:
+        given = Given(ticket, flight.request)
+        try:
+            await self._introduce(flight)
+            sent = await self._links.give(given, partial(self._choose, flight, ticket))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the replica may have died, or never got it
+            if flight.ticket == ticket:
+                self._bounce(flight, error)
+            return
+        if flight.ticket != ticket:
+            return
+        if not sent:
+            self._back(flight)
+        elif flight.leaving:  # it was taken back before it was there
+            await self._take_back(self._replicas[flight.replica], ticket)
+
+    async def _choose(self, flight: Flight, ticket: int, ids: frozenset[str]) -> str | None:
+        """As `_choose_here`, in any event loop."""
+        here = asyncio.run_coroutine_threadsafe(self._choose_here(flight, ticket, ids), self._loop)
+        return await asyncio.wrap_future(here)
+
+    async def _choose_here(self, flight: Flight, ticket: int, ids: frozenset[str]) -> str | None:
+        """The replica that a sequence is sent to: the one that keeps its place, or what the policy names by now."""
+        self._sync(ids)
+        if flight.ticket == ticket and not flight.over:
+            replica = self._replicas.get(flight.replica)
+            if replica is not None and not replica.draining:
+                return replica.name
+            self._back(flight)
+        return None
+
+    async def _introduce(self, flight: Flight) -> None:
+        """Has a sequence's replica know its adapter."""
+        replica = self._replicas.get(flight.replica)
+        if replica is not None and flight.known is not None and flight.known.name not in replica.knows:
+            await asyncio.wait_for(replica.link.know([flight.known]), self._config.silence)
+            replica.knows.add(flight.known.name)
+
+    def _bounce(self, flight: Flight, error: BaseException) -> None:
+        """A sequence could not be sent."""
+        replica = self._replicas.get(flight.replica)
+        if replica is not None and replica.flights.get(flight.ticket) is flight:
+            _log.warning("a sequence did not reach replica %s: %s", replica.name, error)
+            flight.avoid.add(replica.name)
+        self._back(flight)
+        if len(flight.avoid) >= self._config.tries:
+            self._fail(flight, EngineError(f"the request reached no replica: {error}"))
+
+    def _back(self, flight: Flight) -> None:
+        """A sequence is on no replica any more, and waits again."""
+        self._call_off(flight)
+        self._ground(flight)
+        self._again(flight)
+        self._admit()
+
+    def _ground(self, flight: Flight) -> None:
+        """A sequence is on no replica any more."""
+        replica = self._replicas.get(flight.replica)
+        if replica is not None:
+            replica.remove(flight.ticket)
+            self._fleet.resize(replica.id, replica.working_set)
+        flight.replica = flight.ticket = -1
+        flight.leaving = flight.begun = False
+
+    def _again(self, flight: Flight) -> None:
+        """A sequence waits again, in its old place, unless it is over."""
+        if flight.over or flight.handle.done:
+            self._close(flight)
+            return
+        self._count(flight, "waiting")
+        self._queue.add(flight)
+
+    def _hear(self, replica: LiveReplica, news: News) -> None:
+        replica.hear(news)
+        if self._replicas.get(replica.id) is not replica:
+            return
+        room = False
+        for piece in news.pieces:
+            flight = replica.flights.get(piece.ticket)
+            if flight is None:
+                continue
+            if piece.tokens:
+                self._got(flight, piece.tokens)
+            if piece.ending is not None:
+                self._landed(replica, flight, piece.ending)
+                room = True
+        if news.resident is not None:
+            self._note_residents(replica, news.resident)
+        while replica.is_full:
+            leaving = [flight for flight in replica.requests() if flight.begun]
+            if len(leaving) < 2:
+                break
+            evicted = newest(leaving)
+            assert isinstance(evicted, Flight)
+            evicted.evictions += 1
+            self._leave(evicted)
+        if room or len(self._queue):
+            self._admit()
+        if replica.draining:
+            self._drain(replica)
+
+    def _got(self, flight: Flight, tokens: Sequence[Token]) -> None:
+        if flight.joined is None:
+            flight.joined = time.monotonic()
+        flight.begun = True
+        for token in tokens:
+            flight.generated.append(token.id)
+            flight.handle.add(flight.sequence, token.id, token.logprob, token.top)
+
+    def _landed(self, replica: LiveReplica, flight: Flight, ending: Ending) -> None:
+        """A replica has ended a sequence."""
+        target, left = flight.target, flight.leaving
+        if not flight.moves + flight.evictions + flight.deaths:
+            flight.cached = ending.cached
+            if ending.queued is not None:
+                flight.joined = flight.given + ending.queued
+        if ending.error is not None:
+            self._call_off(flight)
+            self._failed(replica, flight, ending.error)
+            return
+        self._ground(flight)
+        if flight.over or flight.handle.done:
+            self._call_off(flight)
+            self._close(flight)
+        elif ending.reason == "cancelled" and left:
+            if target in self._fleet:
+                flight.target = -1
+                flight.moves += 1
+                self._give(flight, target)
+            else:
+                flight.target = -1
+                self._again(flight)
+        elif ending.reason == "cancelled":  # nobody here took it back: the replica forgot all, or begins anew
+            self._call_off(flight)
+            self._again(flight)
+        else:
+            self._call_off(flight)
+            assert ending.reason is not None
+            flight.handle.finish(
+                flight.sequence, ending.reason, ending.stop, cached=flight.cached, joined=flight.joined
+            )
+            self._close(flight)
+
+    def _failed(self, replica: LiveReplica, flight: Flight, error: BaseException) -> None:
+        """A replica cannot serve a sequence; another one may."""
+        self._ground(flight)
+        if isinstance(error, RequestError | ConfigError):
+            self._fail(flight, error)
+        elif isinstance(error, EngineBusyError | EngineCrashedError | EngineStoppedError):
+            flight.deaths += 1
+            if flight.deaths >= self._config.tries:
+                self._fail(flight, error)
+        else:
+            flight.avoid.add(replica.name)
+            others = {one.name for one in self._replicas.values() if not one.draining} - flight.avoid
+            if not others or len(flight.avoid) >= self._config.tries:
+                self._fail(flight, error)
+        self._again(flight)
+
+    def _fail(self, flight: Flight, error: BaseException) -> None:
+        flight.over = True
+        flight.handle.fail(error)
+        self._withdraw(flight.handle)
+
+    def _withdraw(self, handle: RequestHandle) -> None:
+        """A request is over, wherever its sequences are."""
+        for flight in self._flights.get(handle.id, []):
+            flight.over = True
+            self._call_off(flight)
+            if flight.ticket >= 0:
+                self._leave(flight)
+            elif self._queue.remove(flight):
+                self._close(flight)
+        self._admit()
+
+    def _overdue(self, handle: RequestHandle) -> None:
+        if handle.done:
+            return
+        request = handle.request
+        handle.fail(
+            DeadlineExceededError(
+                f"request {handle.id} was not done {request.deadline} s after its submission; it has "
+                f"{handle.generated} of up to {request.n * request.max_new_tokens} tokens. Give it more time."
+            )
+        )
+        self._withdraw(handle)
+
+    def _close(self, flight: Flight) -> None:
+        """A sequence has ended, and is nowhere any more."""
+        flight.over = True
+        self._count(flight, None)
+        flights = self._flights.get(flight.handle.id, [])
+        if all(one.counted is None for one in flights):
+            self._flights.pop(flight.handle.id, None)
+            timer = self._timers.pop(flight.handle.id, None)
+            if timer is not None:
+                timer.cancel()
+        if flight.placed:
+            self._queue.refund(flight, flight.handle.request.max_new_tokens - len(flight.generated))
+
+    # ---- moves
+
+    def _move(self, flight: Flight, target: int) -> None:
+        """Has a sequence go to another replica."""
+        replica = self._replicas[target]
+        flight.target = target
+        replica.expect(flight)
+        self._fleet.resize(target, replica.working_set)
+        self._leave(flight)
+
+    def _leave(self, flight: Flight) -> None:
+        """Takes a sequence back; it is done when its replica says so."""
+        if not flight.leaving:
+            flight.leaving = True
+            self._spawn(self._take_back(self._replicas[flight.replica], flight.ticket))
+
+    async def _take_back(self, replica: LiveReplica, ticket: int) -> None:
+        # What it was never sent, or has ended, it says nothing of.
+        with suppress(Exception):
+            await replica.link.cancel([ticket])
+
+    def _call_off(self, flight: Flight) -> None:
+        """A sequence that was to be moved stays, or is over."""
+        if flight.target >= 0:
+            replica = self._replicas.get(flight.target)
+            flight.target = -1
+            if replica is not None:
+                replica.call_off(flight)
+                self._fleet.resize(replica.id, replica.working_set)
+
+    # ---- what is looked at regularly
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(min(self.policy.look_every, _LOOK))
+            try:
+                self._look_once(time.monotonic())
+            except Exception:  # noqa: BLE001 - one look may fail, and the next must come
+                _log.exception("the cluster could not be looked at")
+
+    def _look_once(self, now: float) -> None:
+        for replica in list(self._replicas.values()):
+            if now - replica.heard > self._config.silence:
+                self._lose(replica, f"no news for {self._config.silence:.0f} s")
+            elif replica.flights and now - replica.moved > self._config.stuck:
+                self._lose(replica, f"no forward for {self._config.stuck:.0f} s")
+            elif replica.draining:
+                self._drain(replica)
+        every = self.policy.consolidate_every
+        if every is not None and now - self._consolidated >= every and not len(self._queue):
+            self._consolidated = now
+            self._consolidate()
+        self._admit()
+        self._ask()
+        self._release(now)
+
+    def _consolidate(self) -> None:
+        for move in consolidate(self._fleet, self._starting, self._limits, self.policy):
+            assert isinstance(move.request, Flight)
+            self._move(move.request, move.target)
+
+    @property
+    def _starting(self) -> int:
+        return max(0, self._target - len(self._fleet))
+
+    def _ask(self) -> None:
+        draining = len(self._replicas) - len(self._fleet)
+        more = scale_up(self._fleet, self._starting, len(self._queue), self._limits, self.policy, draining)
+        if more > 0:
+            self._scale(max(self._target, len(self._fleet)) + more)
+
+    def _release(self, now: float) -> None:
+        """Gives back a replica that has been empty for long enough; one at a time."""
+        if self._target > len(self._fleet) or len(self._replicas) > self._target:
+            return
+        for replica in list(self._fleet):
+            assert isinstance(replica, LiveReplica)
+            waited = not replica.working_set and now - replica.empty_since >= self.policy.linger
+            if waited and may_release(
+                self._fleet, replica.id, self._starting, len(self._queue), self._limits, self.policy
+            ):
+                self._scale(self._target - 1)
+                return
+
+    def _scale(self, count: int) -> None:
+        count = max(1, min(count, self.policy.most))
+        if count != self._target:
+            _log.info("%d replicas are wanted instead of %d", count, self._target)
+            self._target = count
+            self._spawn(self._links.scale(count))
+
+    # ---- adapters
+
+    def _note_residents(self, replica: LiveReplica, keys: frozenset[str]) -> None:
+        if not replica.draining:
+            for key in keys - replica.resident_keys:
+                self._fleet.hold(self.number_of(key), replica.id)
+            for key in replica.resident_keys - keys:
+                self._fleet.drop(self.number_of(key), replica.id)
+        replica.resident_keys = keys
+
+    def _changed(self, change: Change) -> None:
+        for replica in self._replicas.values():
+            self._spawn(self._tell(replica, change))
+
+    async def _tell(self, replica: LiveReplica, change: Change) -> None:
+        with suppress(Exception):
+            if change.gone is not None and change.gone.name in replica.knows:
+                replica.knows.discard(change.gone.name)
+                await replica.link.forget([change.gone.name])
+            if change.pinned is not None:
+                replica.knows.add(change.pinned.name)
+                await replica.link.know([change.pinned])
+            if change.unpinned is not None:
+                await replica.link.unpin(change.unpinned.name)
+
+    def _new_queue(self) -> FairFcfs[Flight]:
+        return FairFcfs(
+            lambda flight: flight.tenant,
+            lambda tenant: self._tenants.policy(str(tenant)).weight,
+            self._tenants.may_run,
+        )
