@@ -388,10 +388,10 @@ def serve(
     if replicas is not None:
         _need("several replicas need", ["ray"], extra="ray")
         from lorakit.scheduler.settings import make_policy
-        from lorakit.server.replicas import Replicas, numbers_of
+        from lorakit.server.replicas import Replicas, fleet_of, numbers_of
 
         least, most = numbers_of(replicas)
-        many = Replicas(make_policy([f"least={least}", *(set_ or [])], most=most), ray_address, replica_gpus)
+        many = Replicas(make_policy([*fleet_of(least, most), *(set_ or [])], most=most), ray_address, replica_gpus)
     _look(bank, revision)  # refuses what is no bank before anything is loaded
     run(
         Settings(

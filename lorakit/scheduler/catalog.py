@@ -54,6 +54,7 @@ class Catalog:
         self._temporary = tempfile.TemporaryDirectory(prefix="lorakit-adapters-", ignore_cleanup_errors=True)
         self._folder = Path(self._temporary.name) / "bank"
         self._lock = threading.RLock()
+        self._loading = threading.Lock()
         self._loaded: AdapterBank | None = None
         self._unloaded: set[str] = set()
         self._pinned: set[str] = set()
@@ -129,12 +130,13 @@ class Catalog:
             CheckpointError, UnsupportedMethodError, …: as `lorakit.export` raises them; nothing is changed.
         """
         names.check_name(name)
-        with self._lock:
-            if source is None:
+        if source is None:
+            with self._lock:
                 if name not in self.bank:
                     raise names.not_found(name, self.adapters, "the bank")
                 self._unloaded.discard(name)
-                return
+            return
+        with self._loading:
             before = self.known(name) if self.has_adapter(name) else None
             if before is not None and not replace:
                 raise AdapterExistsError(f"an adapter {name!r} is already served; unload_adapter({name!r}) first.")
@@ -142,9 +144,11 @@ class Catalog:
                 self._loaded = AdapterBank.create(
                     self._folder, base_id=self.bank.base_id, fingerprint=self.bank.fingerprint
                 )
+            # It may take minutes, in which others are served.
             self._loaded.add(name, source, base_model=self._base, overwrite=True)
-            self._unloaded.add(name)  # the bank's of that name does not come back with its successor's end
-            after = self.known(name)
+            with self._lock:
+                self._unloaded.add(name)  # the bank's of that name does not come back with its successor's end
+                after = self.known(name)
         if before is not None and before.name != after.name:
             self._follower(Change(gone=before))
         if after.pinned:

@@ -132,7 +132,7 @@ class Cluster:
                 return
             self._state = "closed"
         for handle in self._requests.handles:
-            handle.fail(EngineStoppedError("the cluster was closed before the request was done."))
+            handle.fail(EngineStoppedError("the cluster was closed before the request was done; start another one."))
         self._dispatcher.close()
         self.model.close()
 
@@ -161,7 +161,9 @@ class Cluster:
         most = self._tenants.policy(request.tenant).max_waiting
         for what, limit in (("the cluster's", self.config.max_waiting), (f"tenant {request.tenant!r}'s", most)):
             if limit is not None and request.n > limit:
-                raise RequestError(f"n={request.n} sequences wait at once, and {what} max_waiting is {limit}.")
+                raise RequestError(
+                    f"n={request.n} sequences wait at once, and {what} max_waiting is {limit}; draw fewer, or raise it."
+                )
         known = None if request.adapter is None else self.model.known(request.adapter)
         rank = 0 if request.adapter is None else self.model.rank(request.adapter)
         with self._lock:
@@ -212,7 +214,8 @@ class Cluster:
 
     def _check_running(self) -> None:
         if self._state != "ready":
-            raise EngineStoppedError(f"the cluster does not run: it is {self._state}.")
+            remedy = "call start(), or use it in a with block" if self._state == "new" else "make a new one"
+            raise EngineStoppedError(f"the cluster does not run; {remedy}.")
 
     def _check_room(self, request: Request) -> None:
         over = self._tenants.waiting + request.n > self.config.max_waiting

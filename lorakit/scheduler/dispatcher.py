@@ -21,9 +21,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from lorakit.engine.handle import RequestHandle, Token
+from lorakit.engine.handle import FinishReason, RequestHandle, Token
 from lorakit.engine.tenants import Tenants
 from lorakit.errors import (
+    AdapterNotFoundError,
     ConfigError,
     DeadlineExceededError,
     EngineBusyError,
@@ -47,6 +48,7 @@ _log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds between two looks at which replicas there are
 _MEET_AGAIN = 2.0  # seconds after which a replica that could not be met is met again
+_SEND_AGAIN = 0.2  # seconds after which a sequence that did not reach its replica is sent again
 _NO_LIMIT = Limits(batch=1, blocks=1, block_tokens=1)
 
 
@@ -92,6 +94,8 @@ class Dispatcher:
         self._tickets = itertools.count()
         self._target = max(1, policy.least)
         self._consolidated = 0.0
+        self._looked = self._needed = time.monotonic()
+        self._scaling = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # ---- for a cluster
@@ -189,6 +193,8 @@ class Dispatcher:
             self._first.set_exception(error)
 
     async def _end(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*map(self._let_go, self._replicas.values())), 5.0)
         for task in list(self._tasks):
             if task is not asyncio.current_task():
                 task.cancel()
@@ -245,7 +251,7 @@ class Dispatcher:
         _log.info("replica %s serves", name)
         if not self._first.done():
             self._first.set_result(None)
-            self._spawn(self._links.scale(self._target))  # those that a server before this one has left may be others
+            self._spawn(self._tell_target())  # those that a server before this one has left may be others
         self._admit()
 
     def _settle(self, hello: Hello) -> None:
@@ -265,12 +271,14 @@ class Dispatcher:
         try:
             async for news in replica.link.news():
                 self._hear(replica, news)
-            reason = "it ended"
+            reason, kill = "it has not heard of this server for too long", False
         except asyncio.CancelledError:
             raise
+        except EngineError as error:  # it lives, and tells why it says no more
+            reason, kill = str(error), False
         except Exception as error:  # noqa: BLE001 - a replica dies in many ways
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        self._lose(replica, reason)
+            reason, kill = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", True
+        self._lose(replica, reason, kill=kill)
 
     async def _beat(self, replica: LiveReplica) -> None:
         while self._replicas.get(replica.id) is replica:
@@ -298,25 +306,32 @@ class Dispatcher:
         with suppress(Exception):
             await replica.link.let_go()
 
-    def _lose(self, replica: LiveReplica, reason: str) -> None:
-        """A replica is gone, or given up: what it had begins anew elsewhere."""
+    def _lose(self, replica: LiveReplica, reason: str, *, kill: bool = True) -> None:
+        """A replica is gone, or given up: what it had begins anew elsewhere.
+
+        Args:
+            replica: it.
+            reason: why.
+            kill: whether it is ended; if not, it may be met again.
+        """
         if self._replicas.get(replica.id) is not replica:
             return
         _log.warning("replica %s is lost: %s", replica.name, reason)
-        self._lost.add(replica.name)
         self._forget(replica)
-        replica.link.kill()
+        if kill:
+            self._lost.add(replica.name)
+            replica.link.kill()
         for flight in replica.expected:
             self._call_off(flight)
-        for flight in list(replica.flights.values()):
+        flights = list(replica.flights.values())
+        for flight in flights:
             self._call_off(flight)
             self._ground(flight)
-            flight.deaths += 1
+        for flight in flights:
+            flight.deaths += kill
             if flight.deaths >= self._config.tries:
-                self._fail(
-                    flight,
-                    EngineCrashedError(f"{flight.deaths} replicas died with the request, the last by: {reason}"),
-                )
+                died = f"{flight.deaths} replicas died with the request, the last by: {reason}"
+                self._fail(flight, EngineCrashedError(died))
             self._again(flight)
         self._admit()
         self._ask()
@@ -350,7 +365,17 @@ class Dispatcher:
                     self._close(flight)
                     again = True
                     break
-                number = route(self._fleet, flight, self._limits, self.policy, self._among(flight))
+                error: BaseException | None = self._renew(flight)
+                among = self._among(flight)
+                if error is None and flight.error is not None and len(self._fleet) and not self._fleet.everyone & among:
+                    error = flight.error  # all that there are could not serve it
+                if error is not None:
+                    self._queue.take(flight)
+                    self._fail(flight, error)
+                    self._close(flight)
+                    again = True
+                    break
+                number = route(self._fleet, flight, self._limits, self.policy, among)
                 if number is not None:
                     self._queue.take(flight)
                     self._give(flight, number)
@@ -378,6 +403,7 @@ class Dispatcher:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - the replica may have died, or never got it
+            await asyncio.sleep(_SEND_AGAIN)
             if flight.ticket == ticket:
                 self._bounce(flight, error)
             return
@@ -407,18 +433,17 @@ class Dispatcher:
         """Has a sequence's replica know its adapter."""
         replica = self._replicas.get(flight.replica)
         if replica is not None and flight.known is not None and flight.known.name not in replica.knows:
-            await asyncio.wait_for(replica.link.know([flight.known]), self._config.silence)
-            replica.knows.add(flight.known.name)
+            known = flight.known
+            await asyncio.wait_for(replica.link.know([known._replace(pinned=False)]), self._config.silence)
+            replica.knows.add(known.name)
 
     def _bounce(self, flight: Flight, error: BaseException) -> None:
         """A sequence could not be sent."""
-        replica = self._replicas.get(flight.replica)
-        if replica is not None and replica.flights.get(flight.ticket) is flight:
-            _log.warning("a sequence did not reach replica %s: %s", replica.name, error)
-            flight.avoid.add(replica.name)
+        _log.warning("a sequence of %s did not reach its replica: %s", flight.handle.id, error)
+        flight.deaths += 1
+        if flight.deaths >= self._config.tries:
+            self._fail(flight, EngineError(f"the request reached no replica, try it again: {error}"))
         self._back(flight)
-        if len(flight.avoid) >= self._config.tries:
-            self._fail(flight, EngineError(f"the request reached no replica: {error}"))
 
     def _back(self, flight: Flight) -> None:
         """A sequence is on no replica any more, and waits again."""
@@ -438,15 +463,45 @@ class Dispatcher:
 
     def _again(self, flight: Flight) -> None:
         """A sequence waits again, in its old place, unless it is over."""
-        if flight.over or flight.handle.done:
+        if flight.over or flight.handle.done or self._is_complete(flight):
             self._close(flight)
             return
         self._count(flight, "waiting")
         self._queue.add(flight)
 
+    def _is_complete(self, flight: Flight) -> bool:
+        """Ends a sequence whose last token came without its end, as its replica died then, or it was just leaving."""
+        request, tokens = flight.handle.request, flight.generated
+        stops = bool(tokens) and tokens[-1] in request.stop_token_ids
+        if not stops and len(tokens) < request.max_new_tokens:
+            return False
+        reason: FinishReason = "stop" if stops else "length"
+        stop = tokens[-1] if stops else None
+        flight.handle.finish(flight.sequence, reason, stop, cached=flight.cached, joined=flight.joined)
+        return True
+
+    def _renew(self, flight: Flight) -> AdapterNotFoundError | None:
+        """A sequence that has no token yet gets its adapter as it is now: another may have come under its name.
+
+        Returns:
+            The error, if there is none any more.
+        """
+        name = flight.handle.request.adapter
+        if name is None or flight.generated:
+            return None
+        try:
+            flight.known, flight.rank = self._catalog.known(name), self._catalog.rank(name)
+        except AdapterNotFoundError as error:
+            return error
+        flight.adapter = self.number_of(flight.known.key)
+        return None
+
     def _hear(self, replica: LiveReplica, news: News) -> None:
         replica.hear(news)
         if self._replicas.get(replica.id) is not replica:
+            return
+        if news.state == "dead":
+            self._lose(replica, "its engine is down")
             return
         room = False
         for piece in news.pieces:
@@ -497,12 +552,12 @@ class Dispatcher:
             self._call_off(flight)
             self._close(flight)
         elif ending.reason == "cancelled" and left:
-            if target in self._fleet:
+            if target in self._fleet and not self._is_complete(flight):
                 flight.target = -1
                 flight.moves += 1
                 self._give(flight, target)
             else:
-                flight.target = -1
+                self._call_off(flight)
                 self._again(flight)
         elif ending.reason == "cancelled":  # nobody here took it back: the replica forgot all, or begins anew
             self._call_off(flight)
@@ -520,12 +575,15 @@ class Dispatcher:
         self._ground(flight)
         if isinstance(error, RequestError | ConfigError):
             self._fail(flight, error)
-        elif isinstance(error, EngineBusyError | EngineCrashedError | EngineStoppedError):
+        elif isinstance(error, EngineBusyError):
+            replica.told = 0  # until it says otherwise
+        elif isinstance(error, EngineCrashedError | EngineStoppedError):
             flight.deaths += 1
             if flight.deaths >= self._config.tries:
                 self._fail(flight, error)
         else:
             flight.avoid.add(replica.name)
+            flight.error = error
             others = {one.name for one in self._replicas.values() if not one.draining} - flight.avoid
             if not others or len(flight.avoid) >= self._config.tries:
                 self._fail(flight, error)
@@ -584,9 +642,10 @@ class Dispatcher:
 
     def _leave(self, flight: Flight) -> None:
         """Takes a sequence back; it is done when its replica says so."""
-        if not flight.leaving:
+        replica = self._replicas.get(flight.replica)
+        if replica is not None and not flight.leaving:
             flight.leaving = True
-            self._spawn(self._take_back(self._replicas[flight.replica], flight.ticket))
+            self._spawn(self._take_back(replica, flight.ticket))
 
     async def _take_back(self, replica: LiveReplica, ticket: int) -> None:
         # What it was never sent, or has ended, it says nothing of.
@@ -613,6 +672,9 @@ class Dispatcher:
                 _log.exception("the cluster could not be looked at")
 
     def _look_once(self, now: float) -> None:
+        late, self._looked = now - self._looked > self._config.silence / 2, now
+        for replica in self._replicas.values() if late else ():
+            replica.heard = replica.moved = now  # this process was not there, and has heard nobody
         for replica in list(self._replicas.values()):
             if now - replica.heard > self._config.silence:
                 self._lose(replica, f"no news for {self._config.silence:.0f} s")
@@ -627,11 +689,16 @@ class Dispatcher:
         self._admit()
         self._ask()
         self._release(now)
+        if len(self._queue) or self._target <= len(self._fleet):
+            self._needed = now
+        elif now - self._needed > self.policy.linger:  # those that did not come are not needed any more
+            self._scale(max(self.policy.least, len(self._fleet)))
 
     def _consolidate(self) -> None:
         for move in consolidate(self._fleet, self._starting, self._limits, self.policy):
             assert isinstance(move.request, Flight)
-            self._move(move.request, move.target)
+            if self._replicas[move.target].name not in move.request.avoid:
+                self._move(move.request, move.target)
 
     @property
     def _starting(self) -> int:
@@ -661,7 +728,25 @@ class Dispatcher:
         if count != self._target:
             _log.info("%d replicas are wanted instead of %d", count, self._target)
             self._target = count
-            self._spawn(self._links.scale(count))
+            self._spawn(self._tell_target())
+
+    async def _tell_target(self) -> None:
+        """Tells the newest target until somebody takes it."""
+        if self._scaling:
+            return
+        self._scaling = True
+        try:
+            told = -1
+            while told != self._target:
+                target = self._target
+                try:
+                    await self._links.scale(target)
+                    told = target
+                except Exception as error:  # noqa: BLE001 - it may be starting anew
+                    _log.warning("replicas cannot be asked for: %s", error)
+                    await asyncio.sleep(_LOOK)
+        finally:
+            self._scaling = False
 
     # ---- adapters
 
@@ -683,8 +768,8 @@ class Dispatcher:
                 replica.knows.discard(change.gone.name)
                 await replica.link.forget([change.gone.name])
             if change.pinned is not None:
-                replica.knows.add(change.pinned.name)
                 await replica.link.know([change.pinned])
+                replica.knows.add(change.pinned.name)
             if change.unpinned is not None:
                 await replica.link.unpin(change.unpinned.name)
 

@@ -32,7 +32,8 @@ class Flight:
         target: the replica that keeps a place for it meanwhile, or -1.
         placed: whether a replica ever had it.
         avoid: replicas that could not serve it.
-        deaths: replicas that died with it.
+        error: what the last of them said.
+        deaths: replicas that died with it, or that it did not reach.
         moves: how often it was moved.
         evictions: how often it was evicted.
         counted: how its tenant's sequences are counted.
@@ -61,6 +62,7 @@ class Flight:
         self.target = -1
         self.placed = False
         self.avoid: set[str] = set()
+        self.error: BaseException | None = None
         self.deaths = 0
         self.moves = 0
         self.evictions = 0

@@ -52,7 +52,7 @@ class Links(Protocol):
     """All replicas."""
 
     async def open(self, count: int) -> None:
-        """Has so many replicas begin, or finds those that a cluster before this one has left."""
+        """Has replicas begin, so many in the end, or finds those that a cluster before this one has left."""
         ...
 
     async def ids(self, seen: Callable[[frozenset[str]], None]) -> None:

@@ -112,7 +112,7 @@ class LiveReplica:
     def hear(self, news: News) -> None:
         """It said something."""
         self.heard = time.monotonic()
-        if news.steps != self._steps or not news.running:
+        if news.steps != self._steps or not self.flights:
             self.moved = self.heard
         self._steps, self.told = news.steps, news.free_blocks
 

@@ -24,6 +24,7 @@ import os
 import pickle
 import socket
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
@@ -37,7 +38,7 @@ from lorakit.errors import ConfigError, EngineError, MissingDependencyError
 try:
     import ray
     from ray import serve
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
     from ray.serve.config import DeploymentID, RequestRouterConfig
     from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
     from ray.util.placement_group import get_current_placement_group
@@ -60,6 +61,7 @@ _DEPLOYMENT = "engines"
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 _ONGOING = 100_000  # calls under way through Serve; the policy knows what a replica holds
 _LONGEST_DRAIN = 3600.0  # seconds for which Serve waits for one that is to end
+_LONGEST_DELETION = 60.0  # seconds for which replicas that are being deleted are waited for
 _SHELF_BYTES = 8 << 30
 
 _log = logging.getLogger(__name__)
@@ -195,7 +197,13 @@ class EngineActor:
         self.worker = Worker(pickle.loads(make)().start(), self._fetch, lease=lease)
 
     async def ready(self) -> None:
-        """It serves."""
+        """It serves.
+
+        Raises:
+            EngineError: its engine is down, and will not come back.
+        """
+        if self.worker.engine.state == "dead":
+            raise EngineError("the replica's engine is down.")
 
     async def join(self, others: list[Any]) -> None:
         """Is asked for what these know, too."""
@@ -204,6 +212,7 @@ class EngineActor:
     async def meet(self, cluster: str, shelf: Any) -> bytes:
         """See `Worker.hello`, which is pickled; adapters come from the shelf."""
         hello = await asyncio.to_thread(self.worker.hello, cluster)
+        self._left.set()  # a cluster before this one may not have listened to the end
         self._shelf, self._left = shelf, asyncio.Event()
         for other in self._others:
             await other.meet.remote(cluster, shelf)
@@ -253,8 +262,11 @@ class EngineActor:
         self._left.set()
 
     def _fetch(self, key: str) -> Any:
-        (reference,) = ray.get(self._shelf.get.remote(key))
-        return ray.get(reference)
+        try:
+            (reference,) = ray.get(self._shelf.get.remote(key))
+            return ray.get(reference)
+        except RayTaskError as error:
+            raise _cause(error) from None
 
 
 class _Shelf:
@@ -346,8 +358,11 @@ class RayLink:
 
     async def news(self) -> AsyncIterator[News]:
         """See `Link`."""
-        async for reference in self._engine.news.remote(self._cluster):
-            yield await reference
+        try:
+            async for reference in self._engine.news.remote(self._cluster):
+                yield await reference
+        except RayTaskError as error:
+            raise _cause(error) from None
 
     async def let_go(self) -> None:
         """See `Link`."""
@@ -390,8 +405,7 @@ class RayLinks:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         shelf = ray.remote(_Shelf).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_concurrency=4)
         self._shelf = shelf.remote(self._folders, settings.shelf)
-        found = serve.status().applications.get(self.app)
-        if found is not None and found.status == "RUNNING":
+        if self._find():
             self._handle = serve.get_app_handle(self.app)
             return
         self._ours = True
@@ -400,7 +414,7 @@ class RayLinks:
             gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
         deployment = serve.deployment(_Replica).options(
             name=_DEPLOYMENT,
-            num_replicas=count,
+            num_replicas=1,  # the cluster asks for the others when one has come
             max_ongoing_requests=_ONGOING,
             ray_actor_options={"num_cpus": 0},
             placement_group_bundles=[{"CPU": settings.cpus, "GPU": gpus}],
@@ -415,6 +429,17 @@ class RayLinks:
             self._handle = serve.run(made, name=self.app, route_prefix=None, external_scaler_enabled=True)
         except RuntimeError as error:
             raise EngineError(f"no replica could begin: {error}") from error
+
+    def _find(self) -> bool:
+        """Whether the replicas are there already; those that are about to go are waited for."""
+        end = time.monotonic() + _LONGEST_DELETION
+        while True:
+            found = serve.status().applications.get(self.app)
+            if found is None or found.status in ("DEPLOY_FAILED", "NOT_STARTED") or time.monotonic() > end:
+                return False
+            if found.status != "DELETING":
+                return True
+            time.sleep(0.5)
 
     async def ids(self, seen: Callable[[frozenset[str]], None]) -> None:
         """See `Links`."""
@@ -451,7 +476,10 @@ class RayLinks:
         return call.was_sent
 
     async def _ask(self, call: Call) -> Any:
-        answer = await self._handle.ask.remote(call)
+        try:
+            answer = await self._handle.ask.remote(call)
+        except RayTaskError as error:
+            raise _cause(error) from None
         if call.failure is not None:
             raise call.failure
         return answer
@@ -471,11 +499,18 @@ class RayLinks:
 
     def _close(self) -> None:
         if self._ours:
-            with suppress(RayError, RuntimeError):
+            with suppress(RayError, RuntimeError, TimeoutError):
                 serve.delete(self.app)
         if self._shelf is not None:
             with suppress(RayError, ValueError):
                 ray.kill(self._shelf)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised in the other process."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ first asked for. It serves one cluster at a time; of one that is not heard of fo
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 import threading
 import time
@@ -20,10 +21,12 @@ from lorakit.adapters.layout import Extent
 from lorakit.engine.engine import Engine
 from lorakit.engine.handle import Listener, RequestHandle
 from lorakit.engine.stats import EngineStats
-from lorakit.errors import BankCorruptedError, EngineBusyError, EngineError
+from lorakit.errors import BankCorruptedError, EngineBusyError, EngineError, LorakitError
 from lorakit.runtime.host_cache import ExtentReader
 from lorakit.scheduler.messages import Ending, Given, Hello, Known, News, Piece
 from lorakit.scheduler.snapshot import Limits
+
+_log = logging.getLogger(__name__)
 
 BEAT = 0.5
 """Seconds after which there are news, if only that there are none."""
@@ -75,7 +78,7 @@ class Worker:
         with self._lock:
             if self._cluster not in ("", cluster) and time.monotonic() - self._heard < self._lease:
                 raise EngineBusyError(
-                    "another server uses these replicas: end it first, or give this one another --ray-app.",
+                    "another server uses these replicas: end it first, or start this one with another --max-requests.",
                     retry_after=self._lease,
                 )
         self.forget_all()
@@ -83,7 +86,8 @@ class Worker:
             self._cluster, self._heard, self._resident = cluster, time.monotonic(), frozenset()
         engine = self.engine
         blocks = engine.capacity // engine.block_tokens
-        return Hello(Limits(engine.batch, blocks, engine.block_tokens), engine.capacity)
+        # The policy keeps a block for the next token of each.
+        return Hello(Limits(engine.batch, blocks, engine.block_tokens), max(0, blocks - 1) * engine.block_tokens)
 
     def beat(self, cluster: str) -> EngineStats:
         """The cluster is there.
@@ -102,7 +106,10 @@ class Worker:
             reader = ExtentReader(known.layout, known.dtype, partial(self._read_into, known))
             self.engine.model.know_adapter(known.name, known.key, reader, known.invocation)
             if known.pinned:
-                self.engine.model.pin_adapter(known.name)
+                try:
+                    self.engine.model.pin_adapter(known.name)
+                except LorakitError as error:  # it is served all the same
+                    _log.warning("adapter %s cannot be pinned here: %s", known.name, error)
 
     def forget(self, names: Iterable[str]) -> None:
         """Forgets adapters, and frees their memory when no sequence needs them any more."""
@@ -132,9 +139,13 @@ class Worker:
                     self._listener.tell()
             return
         with self._lock:
-            self._rows[given.ticket] = _Row(handle)
-            if self._listener is not None:
-                handle.tell(self._listener)
+            mine = cluster == self._cluster
+            if mine:
+                self._rows[given.ticket] = _Row(handle)
+                if self._listener is not None:
+                    handle.tell(self._listener)
+        if not mine:  # another cluster came meanwhile
+            handle.cancel()
 
     def cancel(self, tickets: Iterable[int]) -> None:
         """Ends sequences after the token that they are at; the news tell when."""

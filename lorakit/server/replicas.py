@@ -15,6 +15,7 @@ from lorakit.adapters.bank import AdapterBank
 from lorakit.adapters.base import BaseModel
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.engine import Engine
+from lorakit.engine.tenants import TenantPolicy
 from lorakit.errors import BaseModelNotFoundError, ConfigError
 from lorakit.runtime.model import MultiLoraModel, load_base
 from lorakit.scheduler.catalog import Catalog
@@ -25,6 +26,9 @@ from lorakit.server.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from lorakit.server.app import OnEnd
+
+
+_MOST_GIVEN = 1 << 16  # sequences that a replica takes; the policy gives it no more than a batch
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ def numbers_of(text: str) -> tuple[int, int]:
     if not 1 <= found[0] <= found[1]:
         raise ConfigError(f"--replicas is {text!r}; give a number from 1 on, or two such as 1:8.")
     return found
+
+
+def fleet_of(least: int, most: int) -> list[str]:
+    """What a policy's defaults, chosen for 16 GPUs, become for another number of them, as `make_policy` takes it."""
+    return [f"least={least}", f"spare={Policy().spare * most // Policy().most}"]
 
 
 def base_options(dtype: str, attention: str | None) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def start_cluster(
     from lorakit.scheduler.ray_cluster import RayLinks, RaySettings
 
     catalog = Catalog(bank, base)
-    make = partial(make_engine, base, dict(bank.fingerprint), dtype, attention, replace(config, tenants={}))
+    make = partial(make_engine, base, dict(bank.fingerprint), dtype, attention, _of_replica(config))
     settings = RaySettings(gpus=replicas.gpus)
     cluster = Cluster(
         RayLinks(make, catalog.folders, settings),
@@ -132,6 +141,11 @@ def start_cluster(
         on_end=on_end,
     )
     return cluster.start()
+
+
+def _of_replica(config: EngineConfig) -> EngineConfig:
+    """A replica's settings: who waits, and whose turn it is, the cluster decides."""
+    return replace(config, tenants={}, default_tenant=TenantPolicy(), max_waiting=_MOST_GIVEN)
 
 
 def _config_of(base: str) -> Any:
