@@ -68,6 +68,7 @@ def run_bash(source: str, where: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.early
 def test_the_guides_run_as_written(tmp_path, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)

@@ -582,6 +582,8 @@ class Dispatcher:
             if flight.deaths >= self._config.tries:
                 self._fail(flight, error)
         else:
+            if isinstance(error, AdapterNotFoundError) and flight.known is not None:
+                replica.knows.discard(flight.known.name)
             flight.avoid.add(replica.name)
             flight.error = error
             others = {one.name for one in self._replicas.values() if not one.draining} - flight.avoid
@@ -724,7 +726,7 @@ class Dispatcher:
                 return
 
     def _scale(self, count: int) -> None:
-        count = max(1, min(count, self.policy.most))
+        count = max(1, self.policy.least, min(count, self.policy.most))
         if count != self._target:
             _log.info("%d replicas are wanted instead of %d", count, self._target)
             self._target = count

@@ -194,6 +194,7 @@ class EngineActor:
         self._shelf: Any = None
         self._others: list[Any] = []
         self._left = asyncio.Event()
+        self._turn = asyncio.Lock()  # what is told of adapters is done in its order
         self.worker = Worker(pickle.loads(make)().start(), self._fetch, lease=lease)
 
     async def ready(self) -> None:
@@ -220,17 +221,20 @@ class EngineActor:
 
     async def know(self, adapters: Sequence[Known]) -> None:
         """See `Worker.know`."""
-        for other in self._others:
-            await other.know.remote(adapters)
-        await asyncio.to_thread(self.worker.know, adapters)
+        async with self._turn:
+            for other in self._others:
+                await other.know.remote(adapters)
+            await asyncio.to_thread(self.worker.know, adapters)
 
     async def forget(self, names: Sequence[str]) -> None:
         """See `Worker.forget`."""
-        await asyncio.to_thread(self.worker.forget, names)
+        async with self._turn:
+            await asyncio.to_thread(self.worker.forget, names)
 
     async def unpin(self, name: str) -> None:
         """See `Worker.unpin`."""
-        await asyncio.to_thread(self.worker.unpin, name)
+        async with self._turn:
+            await asyncio.to_thread(self.worker.unpin, name)
 
     async def take(self, cluster: str, given: bytes) -> None:
         """See `Worker.take`."""
@@ -241,8 +245,9 @@ class EngineActor:
         self.worker.cancel(tickets)
 
     async def beat(self, cluster: str) -> Any:
-        """See `Worker.beat`."""
-        return await asyncio.to_thread(self.worker.beat, cluster)
+        """See `Worker.beat` and `Worker.stats`."""
+        self.worker.beat(cluster)  # at once, however long the threads have other work
+        return await asyncio.to_thread(self.worker.stats)
 
     async def news(self, cluster: str) -> AsyncIterator[News]:
         """See `Worker.news`; when they end, so does the replica's stay."""

@@ -89,7 +89,7 @@ class Worker:
         # The policy keeps a block for the next token of each.
         return Hello(Limits(engine.batch, blocks, engine.block_tokens), max(0, blocks - 1) * engine.block_tokens)
 
-    def beat(self, cluster: str) -> EngineStats:
+    def beat(self, cluster: str) -> None:
         """The cluster is there.
 
         Raises:
@@ -98,6 +98,9 @@ class Worker:
         with self._lock:
             self._check(cluster)
             self._heard = time.monotonic()
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing; it may have to wait for that."""
         return self.engine.stats()
 
     def know(self, adapters: Iterable[Known]) -> None:

@@ -55,7 +55,8 @@ class InProcessLink:
         await self._here(self.worker.cancel, tickets)
 
     async def beat(self) -> EngineStats:
-        return await self._here(self.worker.beat, "test")
+        await self._here(self.worker.beat, "test")
+        return await self._here(self.worker.stats)
 
     async def news(self) -> AsyncIterator[News]:
         async for news in self.worker.news("test"):
