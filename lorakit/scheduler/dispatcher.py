@@ -420,7 +420,7 @@ class Dispatcher:
         return await asyncio.wrap_future(here)
 
     async def _choose_here(self, flight: Flight, ticket: int, ids: frozenset[str]) -> str | None:
-        """The replica that a sequence is sent to: the one that keeps its place, or what the policy names by now."""
+        """The replica that keeps a sequence its place; None: it is about to end, and the policy is asked anew."""
         self._sync(ids)
         if flight.ticket == ticket and not flight.over:
             replica = self._replicas.get(flight.replica)

@@ -21,7 +21,7 @@ from lorakit.errors import EngineBusyError, EngineError
 ray = pytest.importorskip("ray")
 # ruff: noqa: E402 - what follows needs Ray
 
-from tiny_engines import make, make_picky, text
+from tiny_engines import make, make_picky, make_shared, text
 
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.cluster import Cluster
@@ -43,7 +43,10 @@ def _ray():
     paths = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
     before = os.environ.get("PYTHONPATH")
     os.environ |= {"PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    # GPUs in name alone: Ray counts them, and nobody looks for them.
+    ray.init(
+        address="local", num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning"
+    )
     yield
     ray.shutdown()
     if before is None:
@@ -197,6 +200,16 @@ def test_an_adapter_that_loads_on_one_replica_only(bank, model, tmp_path):
         wait_until(lambda: cluster.stats().replicas == 2, 60)
         handles = [cluster.submit((11, 12, 13), "lora", max_new_tokens=6) for _ in range(6)]
         assert {handle.result(30).token_ids for handle in handles} == {expected}
+
+
+def test_a_replica_of_several_processes(bank, model, tmp_path):
+    family()[0].save_pretrained(tmp_path)
+    asked = requests(12, ADAPTERS, longest=20)
+    expected = [alone(model, one) for one in asked]
+    settings, one = RaySettings(gpus=2, cpus=2.0), Policy(least=1, most=1)
+    with cluster_of(bank, partial(make_shared, str(tmp_path)), settings, one) as cluster:
+        assert len(processes("ray::EngineActor")) >= 2
+        check(submitted(cluster, asked), expected)
 
 
 def test_a_replica_that_cannot_begin_says_why(bank, tmp_path):

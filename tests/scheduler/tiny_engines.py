@@ -4,7 +4,9 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
+from processes import shared
 from served import SMALL, double
+from torch import distributed
 
 from lorakit import Engine, MultiLoraModel
 
@@ -17,6 +19,12 @@ def text(tokens):
 def make():
     """An engine of a tiny base, without a bank."""
     return Engine(MultiLoraModel(double()), SMALL, decode=text)
+
+
+def make_shared(folder):
+    """The same of a base in a folder, of which each of a replica's processes has its part."""
+    distributed.init_process_group("gloo")
+    return Engine(MultiLoraModel(shared(Path(folder))), SMALL, decode=text)
 
 
 def make_picky(folder):
