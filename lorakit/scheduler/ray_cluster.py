@@ -64,8 +64,6 @@ _LONGEST_DRAIN = 3600.0  # seconds for which Serve waits for one that is to end
 _LONGEST_DELETION = 60.0  # seconds for which replicas that are being deleted are waited for
 _SHELF_BYTES = 8 << 30
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class RaySettings:
@@ -409,7 +407,9 @@ class RayLinks:
         serve.start(proxy_location="Disabled")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         shelf = ray.remote(_Shelf).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_concurrency=4)
-        self._shelf = shelf.remote(self._folders, settings.shelf)
+        store = int(ray.cluster_resources().get("object_store_memory", 0))
+        # The rest is for what is on its way; what does not fit Ray writes to the disk.
+        self._shelf = shelf.remote(self._folders, min(settings.shelf, store // 2) if store else settings.shelf)
         if self._find():
             self._handle = serve.get_app_handle(self.app)
             return
