@@ -210,12 +210,7 @@ class Engine:
         Returns:
             Whether none is.
         """
-        end = None if timeout is None else time.monotonic() + timeout
-        while handles := self._requests.handles:
-            left = None if end is None else end - time.monotonic()
-            if not handles[0].wait(left):
-                return False
-        return True
+        return self._requests.drain(timeout)
 
     def submit(
         self,

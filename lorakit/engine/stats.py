@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
@@ -146,6 +147,21 @@ class Ledger:
         """The requests that have not ended, oldest first."""
         with self._lock:
             return list(self._open.values())
+
+    def drain(self, timeout: float | None) -> bool:
+        """Waits until no request is open.
+
+        Args:
+            timeout: seconds, or None for as long as it takes.
+
+        Returns:
+            Whether none is.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while handles := self.handles:
+            if not handles[0].wait(None if end is None else end - time.monotonic()):
+                return False
+        return True
 
     def tenants(self) -> dict[str, Usage]:
         """What each tenant has had, and has."""

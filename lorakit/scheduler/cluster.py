@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -145,11 +144,7 @@ class Cluster:
         Returns:
             Whether none is.
         """
-        end = None if timeout is None else time.monotonic() + timeout
-        while handles := self._requests.handles:
-            if not handles[0].wait(None if end is None else end - time.monotonic()):
-                return False
-        return True
+        return self._requests.drain(timeout)
 
     def submit(self, prompt: Sequence[int], adapter_id: str | None = None, **settings: Any) -> RequestHandle:
         """Queues a request, and returns at once; arguments and errors as `Engine.submit` has them."""
@@ -164,16 +159,11 @@ class Cluster:
                 raise RequestError(
                     f"n={request.n} sequences wait at once, and {what} max_waiting is {limit}; draw fewer, or raise it."
                 )
-        known = None if request.adapter is None else self.model.known(request.adapter)
-        rank = 0 if request.adapter is None else self.model.rank(request.adapter)
         with self._lock:
             self._check_running()
             self._check_room(request)
             handle = RequestHandle(f"request-{next(self._names)}", request, self._cancel, self._ended)
-            flights = [
-                Flight(next(self._keys), handle, sequence, known, self._dispatcher.number_of(known and known.key), rank)
-                for sequence in range(request.n)
-            ]
+            flights = [Flight(next(self._keys), handle, sequence) for sequence in range(request.n)]
             handle.parts += flights
             self._requests.open(handle)
             self._dispatcher.arrive(handle, flights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lorakit.engine.checks import number, whole
 from lorakit.engine.tenants import TenantPolicy
 from lorakit.errors import ConfigError
 
@@ -34,8 +35,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         for name in ("beat", "silence", "stuck", "start_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"the cluster's {name} is {getattr(self, name)!r}; give seconds, more than 0.")
+            number(
+                ConfigError, f"the cluster's {name}", getattr(self, name), lambda value: value > 0, "seconds above 0"
+            )
         for name in ("max_waiting", "tries"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ConfigError(f"the cluster's {name} is {getattr(self, name)!r}; give a whole number from 1 on.")
+            whole(ConfigError, f"the cluster's {name}", getattr(self, name), 1)

@@ -76,8 +76,6 @@ class Dispatcher:
         self._catalog = catalog
         self._config = config
         self._tenants = tenants
-        self._lock = threading.Lock()
-        self._adapters: dict[str, int] = {}  # numbers of adapters' contents
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="lorakit-cluster", daemon=True)
         self._first: Future[None] = Future()
@@ -91,6 +89,7 @@ class Dispatcher:
         self._lost: set[str] = set()
         self._flights: dict[str, list[Flight]] = {}  # by the ids of their requests
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._adapters: dict[str, int] = {}  # numbers of adapters' contents
         self._tickets = itertools.count()
         self._target = max(1, policy.least)
         self._consolidated = 0.0
@@ -138,11 +137,6 @@ class Dispatcher:
     def withdraw(self, handle: RequestHandle) -> None:
         """A request is over, wherever its sequences are."""
         self._call(self._withdraw, handle)
-
-    def number_of(self, key: str | None) -> int:
-        """What stands for an adapter's content; -1 for the base."""
-        with self._lock:
-            return -1 if key is None else self._adapters.setdefault(key, len(self._adapters))
 
     # ---- the loop
 
@@ -493,7 +487,7 @@ class Dispatcher:
             flight.known, flight.rank = self._catalog.known(name), self._catalog.rank(name)
         except AdapterNotFoundError as error:
             return error
-        flight.adapter = self.number_of(flight.known.key)
+        flight.adapter = self._number_of(flight.known.key)
         return None
 
     def _hear(self, replica: LiveReplica, news: News) -> None:
@@ -752,12 +746,16 @@ class Dispatcher:
 
     # ---- adapters
 
+    def _number_of(self, key: str) -> int:
+        """What stands for an adapter's content."""
+        return self._adapters.setdefault(key, len(self._adapters))
+
     def _note_residents(self, replica: LiveReplica, keys: frozenset[str]) -> None:
         if not replica.draining:
             for key in keys - replica.resident_keys:
-                self._fleet.hold(self.number_of(key), replica.id)
+                self._fleet.hold(self._number_of(key), replica.id)
             for key in replica.resident_keys - keys:
-                self._fleet.drop(self.number_of(key), replica.id)
+                self._fleet.drop(self._number_of(key), replica.id)
         replica.resident_keys = keys
 
     def _changed(self, change: Change) -> None:

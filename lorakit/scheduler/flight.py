@@ -21,7 +21,7 @@ class Flight:
         handle: where its tokens go.
         sequence: which of its request's it is.
         known: its adapter, as replicas know it; None for the base.
-        adapter: stands for that adapter.
+        adapter: stands for that adapter's content; -1 for the base.
         rank: of that; 0 for the base.
         generated: its tokens, wherever they came from.
         replica: the replica that has it, or -1.
@@ -42,17 +42,15 @@ class Flight:
         cached: tokens of its prompt that the prefix cache of its first replica had.
     """
 
-    def __init__(
-        self, key: int, handle: RequestHandle, sequence: int, known: Known | None, adapter: int, rank: int
-    ) -> None:
-        """Waits."""
+    def __init__(self, key: int, handle: RequestHandle, sequence: int) -> None:
+        """Waits; which content its adapter has is looked at when it is its turn."""
         self.key = key
         self.arrival = handle.submitted
         self.handle = handle
         self.sequence = sequence
-        self.known = known
-        self.adapter = adapter
-        self.rank = rank
+        self.known: Known | None = None
+        self.adapter = -1
+        self.rank = 0
         self.generated: list[int] = []
         self.replica = -1
         self.ticket = -1
