@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import base_products
+import paged_attention
 import torch
 from decode_layer import base_work, chained_work
 from ours import with_tiles
@@ -32,9 +33,9 @@ from shapes import LAYER, Batch, Group, Shape, layer, layer_xs
 from timing import Graph, added, capture, median, need_gpu
 
 from lorakit_kernels import tuning
-from lorakit_kernels.tuning import Decode, Dense, Prefill, Tiles
+from lorakit_kernels.tuning import Decode, Dense, Paged, Prefill, Tiles
 
-Tile = TypeVar("Tile", Decode, Prefill, Dense)
+Tile = TypeVar("Tile", Decode, Prefill, Dense, Paged)
 RANK, REPEATS = 16, 11
 WORKERS, WORKER_BYTES = 12, 4 << 30
 CROSSOVER = (16, 32, 64, 128, 256)
@@ -95,7 +96,14 @@ def main() -> None:
     with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
         decode = tuned(pool, start.decode, DECODE_STAGES, DECODE)
         prefill = tuned(pool, start.prefill, PREFILL_STAGES, PREFILL)
-        tiles = Tiles(crossover(pool, decode, prefill), decode, prefill, start.prefill_wide, dense(pool))
+        tiles = Tiles(
+            decode_tokens=crossover(pool, decode, prefill),
+            decode=decode,
+            prefill=prefill,
+            prefill_wide=start.prefill_wide,
+            dense=dense(pool),
+            **attention(pool),
+        )
     name = tuning.file_name(torch.cuda.get_device_name())
     for path in [folder / name] + ([options.out / name] if options.out else []):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +138,18 @@ def dense(pool: Executor) -> Dense | None:
             break
         most = tokens
     return dataclasses.replace(best, tokens=most) if most else None
+
+
+def attention(pool: Executor) -> dict[str, Paged]:
+    """The best tiles for attention over a paged cache, for few programs and for many."""
+    candidates = [Paged(*sizes) for sizes in product((32, 64, 128), (1, 2, 4, 8), (2, 3, 4))]
+    list(pool.map(paged_attention.compile_tile, candidates))
+    names = [field.name for field in dataclasses.fields(Paged)]
+    found = {}
+    for name, cases in (("paged", paged_attention.FEW), ("paged_many", paged_attention.MANY)):
+        batches = [paged_attention.Batch(case) for case in cases]
+        found[name] = fastest(candidates, lambda tile, batches=batches: paged_attention.cost(tile, batches), names)
+    return found
 
 
 def together(timers: Sequence[Timer], tile: Decode | Prefill) -> float:

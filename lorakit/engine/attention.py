@@ -1,8 +1,9 @@
-"""FlashAttention over the paged cache as one operator of torch.
+"""Attention over the paged cache as one operator of torch.
 
 transformers calls FlashAttention's `flash_attn_with_kvcache` for batches of one token a row, in Python that no compiler
 sees through: a compiled model falls apart at every layer. As an operator it leaves one graph of the whole model, and
-what is the same for all layers is computed once.
+what is the same for all layers is computed once. Where lorakit's own kernel is the faster one, the operator launches
+that.
 
 Part of `batching.py`, and bound to the same versions of transformers.
 """
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from lorakit.runtime import ops
 
 _IMPLEMENTATIONS = ("flash_attention_2", "flash_attention_3")
 
@@ -33,6 +36,7 @@ def paged_attention(
     values: torch.Tensor,
     lengths: torch.Tensor,
     table: torch.Tensor,
+    tickets: torch.Tensor,
     scale: float,
     implementation: str,
 ) -> torch.Tensor:
@@ -46,12 +50,30 @@ def paged_attention(
         values: as `keys`.
         lengths: (n,) int32, tokens that each row's cache has.
         table: (n, most blocks of a row) int32, which blocks they are in.
+        tickets: (n · key-value heads,) int32, zeros before and after.
         scale: multiplies the products of queries and keys.
-        implementation: "flash_attention_2" or "flash_attention_3".
+        implementation: "flash_attention_2" or "flash_attention_3", for what lorakit's kernel does not take.
 
     Returns:
         (n, heads, head size), contiguous.
     """
+    if ops.has_kernels(query.device, query.dtype) and ops.can_attend(query, key, keys, values):
+        return ops.attend(query, key, value, keys, values, lengths, table, tickets, scale)
+    return by_flash_attention(query, key, value, keys, values, lengths, table, scale, implementation)
+
+
+def by_flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    implementation: str,
+) -> torch.Tensor:
+    """`paged_attention`, by FlashAttention; arguments as there."""
     (_, _, flash, _, _), (_, arguments) = lazy_import_flash_attention(implementation)
     named = arguments(
         query_length=1,
@@ -77,10 +99,12 @@ class CachedRows(NamedTuple):
     Attributes:
         lengths: (n,) int32, their tokens.
         table: (n, most blocks of a row) int32, the blocks that these are in.
+        tickets: (n · key-value heads,) int32, zeros, by which programs of a kernel find out which of them is the last.
     """
 
     lengths: torch.Tensor
     table: torch.Tensor
+    tickets: torch.Tensor
 
 
 def cached_rows(batch: dict[str, Any]) -> dict[str, CachedRows] | None:
@@ -91,12 +115,13 @@ def cached_rows(batch: dict[str, Any]) -> dict[str, CachedRows] | None:
     """
     if batch["block_table"] is None:
         return None
-    return {
-        allocator.layer_type: CachedRows(
-            batch["cu_seq_lens_k"][allocator.layer_type].diff() - 1, batch["block_table"][allocator.index]
-        )
-        for allocator in batch["cache"].cache_allocators.values()
-    }
+    return {allocator.layer_type: _rows_of(allocator, batch) for allocator in batch["cache"].cache_allocators.values()}
+
+
+def _rows_of(allocator: Any, batch: dict[str, Any]) -> CachedRows:
+    lengths = batch["cu_seq_lens_k"][allocator.layer_type].diff() - 1
+    tickets = lengths.new_zeros(len(lengths) * allocator.num_key_value_heads)
+    return CachedRows(lengths, batch["block_table"][allocator.index], tickets)
 
 
 def _with_operator(attention: Attention, implementation: str) -> Attention:

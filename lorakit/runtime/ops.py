@@ -20,6 +20,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
     from lorakit_kernels.linear import can_join, linears
+    from lorakit_kernels.paged import attend, can_attend
     from lorakit_kernels.sgmv import expand_, lookup, replace_, shrink
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "WORDS",
     "Stack",
     "Whole",
+    "attend",
+    "can_attend",
     "can_join",
     "entry_words",
     "expand_",

@@ -57,6 +57,7 @@ def decoding(model, rows=3):
     allocator = SimpleNamespace(
         index=0,
         layer_type="full_attention",
+        num_key_value_heads=config.num_key_value_heads,
         get_cache_for_block_table=lambda layer: (storage[0, layer], storage[1, layer]),
     )
     sums = torch.nn.functional.pad((LENGTHS + 1).cumsum(0), (1, 50)).to(torch.int32)
@@ -80,8 +81,10 @@ def decoding(model, rows=3):
 
 def test_rows_are_as_the_cache_has_them(model):
     batch, _ = decoding(model)
-    lengths, table = batch["cached_rows"]["full_attention"]
+    lengths, table, tickets = batch["cached_rows"]["full_attention"]
     assert lengths.equal(LENGTHS) and lengths.dtype == torch.int32 and table.equal(TABLE)
+    heads = model.config.num_key_value_heads
+    assert tickets.equal(torch.zeros(len(LENGTHS) * heads, dtype=torch.int32))
     assert cached_rows(batch | {"block_table": None}) is None
 
 

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from lorakit_kernels import arguments, decode, dense, embedding, entries, prefill, tuning, whole
+from lorakit_kernels import arguments, decode, dense, embedding, entries, paged, prefill, tuning, whole
 from lorakit_kernels.plan import COLUMNS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -138,6 +138,20 @@ def dense_products(case, tiles):
         dense.products(x, weights, biases, ys, tiles.dense)
 
 
+def paged_attend(case, tiles):
+    """Heads with a query each and with several, few rows and many."""
+    if tiles.paged is None or case.x == FP32:
+        return
+    for rows, queries, heads, size in ((1, 32, 32, 128), (1, 16, 1, 128), (32, 32, 32, 128), (64, 32, 8, 64)):
+        keys, values = tensor(9, 256, 2, heads, size, dtype=case.x).unbind(2)
+        paged.attend_by(
+            tiles.for_paged(rows * heads),
+            tensor(rows, queries, size, dtype=case.x), *[tensor(rows, heads, size, dtype=case.x)] * 2, keys, values,
+            tensor(rows, dtype=torch.int32), tensor(rows, 16, dtype=torch.int32),
+            tensor(rows * heads, dtype=torch.int32), 0.1,
+        )  # fmt: skip
+
+
 KERNELS = {
     "decode.shrink": (decode, "shrink_kernel", decode_shrink),
     "decode.expand": (decode, "expand_kernel", decode_expand),
@@ -146,6 +160,7 @@ KERNELS = {
     "embedding.lookup": (embedding, "lookup_kernel", embedding_lookup),
     "whole.linear": (whole, "linear_kernel", whole_linear),
     "dense.products": (dense, "products_kernel", dense_products),
+    "paged.attend": (paged, "attend_kernel", paged_attend),
     "whole.embedding": (whole, "embedding_kernel", whole_embedding),
 }
 
@@ -223,7 +238,7 @@ def main():
                     call(case, tuning.read(path))
                 finally:
                     setattr(module, attribute, original)
-                assert compiled.binaries or name == "dense.products", "nothing was launched"
+                assert compiled.binaries or name in ("dense.products", "paged.attend"), "nothing was launched"
                 for binary in compiled.binaries:
                     used = usage(binary)
                     used["SHARED"] = binary.metadata.shared

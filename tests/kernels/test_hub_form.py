@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPORTS = [
     "Stack",
     "Whole",
+    "attend",
+    "can_attend",
     "can_join",
     "entry",
     "expand_",

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from lorakit_kernels import sgmv, tuning
+from lorakit_kernels import paged, sgmv, tuning
 from lorakit_kernels.prefill import block_r
-from lorakit_kernels.tuning import Dense, Tiles, file_name, read, tiles, write
+from lorakit_kernels.tuning import Dense, Paged, Tiles, file_name, read, tiles, write
 
 FILES = sorted(tuning._FOLDER.glob("*.json"))
 
@@ -43,11 +43,19 @@ def test_files_suit_the_kernels(path):
         own = dataclasses.asdict(sizes.dense)
         assert all(size >= 1 and (size & (size - 1) == 0 or name == "stages") for name, size in own.items())
         assert min(sizes.dense.block_n, sizes.dense.block_k) >= 16
+    for own in filter(None, (sizes.paged, sizes.paged_many)):
+        assert own.block >= 16 and own.block & (own.block - 1) == 0
+        # What a row is cut into is of whole tiles.
+        assert paged._LEAST % own.block == 0 and own.warps in (1, 2, 4, 8) and own.stages >= 1
+    assert (sizes.paged is None) == (sizes.paged_many is None)
     assert max(decode.shrink_warps, decode.expand_warps, many.shrink_warps, many.expand_warps) <= 32
 
 
-@pytest.mark.parametrize("dense", [None, Dense(64, 32, 128, 4, 3)])
-def test_what_is_written_is_read(tmp_path, dense):
+@pytest.mark.parametrize(
+    ("dense", "attention"),
+    [(None, {}), (Dense(64, 32, 128, 4, 3), {"paged": Paged(64, 4, 2), "paged_many": Paged(32, 1, 3)})],
+)
+def test_what_is_written_is_read(tmp_path, dense, attention):
     fallback = read(tuning._FOLDER / "fallback.json")
     sizes = Tiles(
         decode_tokens=7,
@@ -55,6 +63,7 @@ def test_what_is_written_is_read(tmp_path, dense):
         prefill=dataclasses.replace(fallback.prefill, block_m=128),
         prefill_wide=dataclasses.replace(fallback.prefill, block_m=16),
         dense=dense,
+        **attention,
     )
     write(tmp_path / "some.json", sizes)
     assert read(tmp_path / "some.json") == sizes != fallback

@@ -17,9 +17,12 @@ from .stacked import Stack, Whole, replaced, stacked_lora
 
 if TYPE_CHECKING:
     from .linear import can_join, linears
+    from .paged import attend, can_attend
     from .sgmv import expand_, lookup, replace_, shrink
 
 _BY_TRITON = {
+    "attend": "paged",
+    "can_attend": "paged",
     "can_join": "linear",
     "expand_": "sgmv",
     "linears": "linear",
@@ -31,6 +34,8 @@ _BY_TRITON = {
 __all__ = [
     "Stack",
     "Whole",
+    "attend",
+    "can_attend",
     "can_join",
     "entry",
     "expand_",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 _FOLDER = Path(__file__).parent / "tuning_data"
 _FALLBACK = "fallback"
+_MANY = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,21 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
+class Paged:
+    """Tiles of attention over a paged cache.
+
+    Attributes:
+        block: tokens of a step; a page is a multiple.
+        warps: warps a program.
+        stages: steps that are loaded ahead.
+    """
+
+    block: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Tiles:
     """All tile sizes of a GPU.
 
@@ -103,6 +119,9 @@ class Tiles:
         prefill: the tiles of what is longer, for the common case: bf16 throughout, or fp16 up to rank 16.
         prefill_wide: the same for all else: smaller tiles, so that fp32's products stay in registers.
         dense: the tiles of the base's own products; None where cuBLAS's are as fast, or nobody has measured.
+        paged: the tiles of attention over a paged cache; None where FlashAttention's are as fast, or nobody has
+            measured.
+        paged_many: the same where there are so many programs that each had better be small.
     """
 
     decode_tokens: int
@@ -110,6 +129,12 @@ class Tiles:
     prefill: Prefill
     prefill_wide: Prefill
     dense: Dense | None = None
+    paged: Paged | None = None
+    paged_many: Paged | None = None
+
+    def for_paged(self, programs: int) -> Paged | None:
+        """The tiles of attention for rows with so many heads of keys in all."""
+        return self.paged_many if programs >= _MANY else self.paged
 
     def for_prefill(self, values: Tensor, weight: torch.dtype, max_rank: int) -> Prefill:
         """The prefill kernels' tiles for x or y of this shape and dtype."""
@@ -137,7 +162,8 @@ def read(path: Path) -> Tiles:
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     prefill, wide = (Prefill(**value[name]) for name in ("prefill", "prefill_wide"))
     dense = Dense(**value["dense"]) if value["dense"] is not None else None
-    return Tiles(value["decode_tokens"], Decode(**value["decode"]), prefill, wide, dense)
+    paged, many = (Paged(**value[name]) if value[name] is not None else None for name in ("paged", "paged_many"))
+    return Tiles(value["decode_tokens"], Decode(**value["decode"]), prefill, wide, dense, paged, many)
 
 
 def write(path: Path, tiles: Tiles) -> None:
