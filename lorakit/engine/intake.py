@@ -14,7 +14,7 @@ from lorakit.adapters import names
 from lorakit.engine.request import Request, check_added, stop_strings, stop_tokens, token_ids
 from lorakit.engine.stopping import Decode
 from lorakit.errors import ConfigError, RequestError
-from lorakit.runtime.model import Adapter
+from lorakit.runtime.roster import Adapter
 
 NEW_TOKENS = 256
 """The most tokens that are generated if nothing else is said."""

@@ -13,9 +13,9 @@ from lorakit.engine import sampling
 from lorakit.engine.handle import FinishReason, Likely, RequestHandle
 from lorakit.engine.stopping import Decode, StopStrings
 from lorakit.errors import EngineError
-from lorakit.runtime.model import Adapter
 from lorakit.runtime.pool import Slot
 from lorakit.runtime.prompts import last_occurrence
+from lorakit.runtime.roster import Adapter
 
 _SALT = struct.Struct("<4i")
 

@@ -21,8 +21,9 @@ from lorakit.engine.request import Request
 from lorakit.engine.residency import Residency
 from lorakit.errors import AdapterNotFoundError, EngineError, LorakitError
 from lorakit.runtime.host_cache import HostExtent
-from lorakit.runtime.model import Adapter, MultiLoraModel
+from lorakit.runtime.model import MultiLoraModel
 from lorakit.runtime.pool import Operation, Slot
+from lorakit.runtime.roster import Adapter
 
 
 class Offer(NamedTuple):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from lorakit.engine.checks import number, shown, whole, yes_or_no
 from lorakit.engine.sampling import MOST_LIKELY
 from lorakit.errors import RequestError
-from lorakit.runtime.model import Adapter
 from lorakit.runtime.prompts import last_occurrence
+from lorakit.runtime.roster import Adapter
 
 _MOST_SEQUENCES = 128
 _MOST_SEED = (1 << 64) - 1

@@ -14,8 +14,9 @@ from functools import partial
 
 from lorakit.errors import PoolFullError
 from lorakit.runtime.host_cache import HostExtent
-from lorakit.runtime.model import Adapter, MultiLoraModel
+from lorakit.runtime.model import MultiLoraModel
 from lorakit.runtime.pool import Slot
+from lorakit.runtime.roster import Adapter
 
 _MOST_READ = 16
 """Adapters that may lie beside the host cache, read and not yet asked for again."""

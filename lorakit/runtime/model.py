@@ -6,88 +6,45 @@ None for the base. Only public API of transformers is used. Knows names and modu
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import os
 import threading
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from lorakit.adapters import convert, fingerprint, names
 from lorakit.adapters.bank import AdapterBank
-from lorakit.adapters.base import BaseModel, architecture_class
+from lorakit.adapters.base import BaseModel
 from lorakit.adapters.choices import NONE, Choices
-from lorakit.adapters.entry import AdapterEntry
-from lorakit.adapters.form import Kind
-from lorakit.adapters.layout import Extent, Layout, ModuleLayout
-from lorakit.adapters.methods.alora import invocation_of
+from lorakit.adapters.layout import Layout
 from lorakit.adapters.peft_reader import Source
-from lorakit.adapters.quantised import in_words
 from lorakit.errors import (
-    AdapterExistsError,
     AdapterIdsError,
-    AdapterNotFoundError,
-    BankCorruptedError,
-    BankError,
     BaseModelMismatchError,
-    BaseModelNotFoundError,
     ConfigError,
     ModelInUseError,
     UnsupportedMethodError,
 )
 from lorakit.runtime import ops
 from lorakit.runtime.activation import Activation, Generation, Pass
-from lorakit.runtime.experts import AdaptedExperts, AdaptedParameter
-from lorakit.runtime.factors import FactorStacks
+from lorakit.runtime.adapted_base import AdaptedBase
+from lorakit.runtime.call import AdapterIds, AloraOffsets, ids_of, named
 from lorakit.runtime.host_cache import ExtentReader, HostExtent
-from lorakit.runtime.layers import AdaptedModule, Batch
-from lorakit.runtime.placement import check_placement
+from lorakit.runtime.loading import load_base
 from lorakit.runtime.pool import AdapterPool, Slot, plain_tensors
 from lorakit.runtime.prompts import prompt_of, starts_of
-from lorakit.runtime.routers import AdaptedRouter
-from lorakit.runtime.routing import Routing
+from lorakit.runtime.roster import Adapter, Local, Roster, activation_of, is_local, key_of
 from lorakit.runtime.rows import Rows, together
 from lorakit.runtime.sharding import Shards
-from lorakit.runtime.siblings import SiblingFinder, Siblings
-from lorakit.runtime.stacking import Stacking
-from lorakit.runtime.standing import Mode, Standing, StandingRouting, can_stand
-from lorakit.runtime.table import AddressTable
+from lorakit.runtime.standing import Standing
+from lorakit.runtime.standings import Standings
 from lorakit.runtime.towers import Towers, has_towers, tower_paths, towers_of
-from lorakit.runtime.vocabulary import AddedTokens, LogitsMask, check_ids
-
-AdapterIds: TypeAlias = str | Sequence[str | None] | None
-AloraOffsets: TypeAlias = Sequence[int | None] | None
-
-_FEWEST_SLOTS = 64
-"""Slots that a standing batch's table has room for at least, as adapters may come."""
-
-# Where a batch's rows are counted, in this order; whatever else is a tensor comes after.
-_ROW_INPUTS = ("input_ids", "inputs", "inputs_embeds", "encoder_outputs", "decoder_input_ids", "attention_mask")
-
-
-class _Formed(NamedTuple):
-    """The batches that were formed for a forward, for whom, and what their stacks were made of.
-
-    Attributes:
-        kernels: whether kernels were asked for.
-        dtype: the base's dtype then.
-        batches: the batches.
-        factors: the stacked factors of batches without kernels.
-    """
-
-    kernels: bool
-    dtype: torch.dtype
-    batches: tuple[Batch, ...]
-    factors: FactorStacks
+from lorakit.runtime.vocabulary import check_ids
 
 
 class _Asked(NamedTuple):
@@ -96,39 +53,6 @@ class _Asked(NamedTuple):
     slots: tuple[tuple[Slot | None, ...], tuple[Slot | None, ...]]
     rows: list[Rows]
 
-
-class Adapter(NamedTuple):
-    """An adapter as it is now: another may come under its name.
-
-    Attributes:
-        name: its name.
-        key: what its slot is kept under, which stands for its content.
-        source: where it can be read.
-        invocation: the tokens from which on it acts, or None if it always does.
-        added: the tokens that it adds to the vocabulary.
-        pinned: whether it stays on the device once it is there.
-    """
-
-    name: str
-    key: str
-    source: Extent | ExtentReader
-    invocation: tuple[int, ...] | None
-    added: int
-    pinned: bool
-
-
-class _Local(NamedTuple):
-    """An adapter that no bank of the model's has: its slot's key, its tensors or their reader, what activates it."""
-
-    key: str
-    extent: Extent | ExtentReader
-    invocation: tuple[int, ...] | None
-
-
-_Known: TypeAlias = _Local | AdapterEntry
-
-_LOCAL = "local-"
-"""Begins the keys of adapters that were loaded into a model alone: contents of a bank's are known by their hashes."""
 
 Tier: TypeAlias = Literal["device", "host", "bank"]
 
@@ -183,29 +107,14 @@ class MultiLoraModel(nn.Module):
         self.model = model
         self.bank = bank
         self._lock = threading.RLock()
-        self._adapted: dict[str, AdaptedModule | AdaptedParameter] = {}
-        self._local: dict[str, _Local] = {}
-        self._unloaded: set[str] = set()
-        self._pinned: set[str] = set()
-        self._keys = itertools.count()
+        self._roster = Roster(self._base, bank, self._shards)
         self._pool = AdapterPool(device=self.device, dtype=adapter_dtype, capacity=adapter_memory)
-        self._last: _Formed | None = None
+        self._adapted = AdaptedBase(model, self._base.output, self._shards)
+        self._standings = Standings(self._adapted, self._roster, self._base.output)
         self._asked: _Asked | None = None
-        self._active: list[AdaptedModule | AdaptedParameter | Siblings | LogitsMask] = []
         self._generation: Generation | None = None
         self._multimodal = has_towers(model)
-        self._mask: LogitsMask | None = None
         self._lent = False
-        self._stands: dict[str, bool] = {}
-        self._stood: set[str] = set()
-        self._standing: dict[Mode, Standing | None] = {}
-        self._finder = SiblingFinder()
-        self._siblings: dict[str, Siblings] = {}
-        self._table = AddressTable(self.device, self._adapted)
-        self._warned: set[str] = set()
-        self._followed = None if bank is None else bank.entries
-        for entry in () if bank is None else bank.entries.values():
-            self._compare_base(entry)
 
     @classmethod
     def from_pretrained(
@@ -236,29 +145,27 @@ class MultiLoraModel(nn.Module):
     @property
     def adapters(self) -> list[str]:
         """Names that `adapter_ids` may hold: the bank's and those loaded into this model."""
-        banked = () if self.bank is None else self.bank.names
-        return [*(name for name in banked if name not in self._unloaded and name not in self._local), *self._local]
+        return self._roster.names
 
     def has_adapter(self, name: str) -> bool:
         """Whether `adapter_ids` may hold a name; however many there are, it takes no time."""
-        banked = self.bank is not None and name not in self._unloaded and name in self.bank.entries
-        return banked or name in self._local
+        return name in self._roster
 
     @property
     def pinned(self) -> frozenset[str]:
         """Names of adapters that stay on the device."""
-        return frozenset(name for name in self._pinned if self.has_adapter(name))
+        return self._roster.pinned
 
     def tiers(self) -> dict[str, Tier]:
         """Where each adapter lies now: the nearest of the places that have it."""
         with self._lock:
-            keys = {name: _key_of(self._known(name)) for name in self.adapters}
+            keys = {name: key_of(self._roster.known(name)) for name in self.adapters}
             return {name: self._tier_of(key) for name, key in keys.items()}
 
     def _tier_of(self, key: str) -> Tier:
         if key in self._pool:
             return "device"
-        return "host" if key in self._pool.host or key.startswith(_LOCAL) else "bank"
+        return "host" if key in self._pool.host or is_local(key) else "bank"
 
     @property
     def processes(self) -> int:
@@ -365,19 +272,16 @@ class MultiLoraModel(nn.Module):
             self._bring(name)
             return
         if not replace:
-            self._check_free(name)
+            self._roster.check_free(name)
         self._check_alone()
         form = convert.convert(name, source, self._base, choices=chosen)
         with self._lock:
             if not replace:
-                self._check_free(name)  # once more: another thread may have been faster
-            invocation = invocation_of(form.method, form.config, name)
-            extent = Extent.of_form(form)
-            if self._shards is not None:
-                extent = self._shards.extent(extent, name)
-            if self.has_adapter(name):
+                self._roster.check_free(name)  # once more: another thread may have been faster
+            local = self._roster.in_memory(name, form)
+            if name in self._roster:
                 self._forget(name)
-            self._local[name] = _Local(f"{_LOCAL}{next(self._keys)}", extent, invocation)
+            self._roster.add(name, local)
 
     def know_adapter(
         self, name: str, key: str, reader: ExtentReader, invocation: tuple[int, ...] | None = None
@@ -393,9 +297,9 @@ class MultiLoraModel(nn.Module):
             invocation: the tokens from which on it acts, or None if it always does.
         """
         with self._lock:
-            if self.has_adapter(name) and _key_of(self._known(name)) != key:
+            if name in self._roster and key_of(self._roster.known(name)) != key:
                 self._forget(name)
-            self._local[name] = _Local(key, reader, invocation)
+            self._roster.add(name, Local(key, reader, invocation))
 
     def pin_adapter(self, name: str) -> None:
         """Brings an adapter to the device, where it stays: others never take its place until `unpin_adapter`.
@@ -408,9 +312,9 @@ class MultiLoraModel(nn.Module):
             ModelInUseError: several processes share the base, and an engine serves it.
         """
         with self._lock:
-            self._known(name)
+            self._roster.known(name)
             self._check_alone()
-            self._pinned.add(name)
+            self._roster.pin(name)
         try:
             self._bring(name)
         except BaseException:
@@ -425,12 +329,12 @@ class MultiLoraModel(nn.Module):
             ModelInUseError: several processes share the base, and an engine serves it.
         """
         with self._lock:
-            key = _key_of(self._known(name))
+            known = self._roster.known(name)
             self._check_alone()
-            self._pinned.discard(name)
+            self._roster.unpin(name)
             # The same content may have several names.
-            if not any(_key_of(self._known(other)) == key for other in self._pinned if self.has_adapter(other)):
-                self._pool.unpin(key)
+            if not self._roster.is_pinned(known):
+                self._pool.unpin(key_of(known))
 
     def unload_adapter(self, name: str) -> None:
         """Takes an adapter out of the model and frees its memory; the bank on disk keeps it.
@@ -440,19 +344,16 @@ class MultiLoraModel(nn.Module):
             ModelInUseError: several processes share the base, and an engine serves it.
         """
         with self._lock:
-            if name not in self.adapters:
-                raise self._unknown(name)
+            self._roster.known(name)
             self._check_alone()
-            self._pinned.discard(name)
+            self._roster.unpin(name)
             self._forget(name)
 
     def _forget(self, name: str) -> None:
         """What is served under a name is no more, wherever it came from."""
-        self._last = None
-        self._pool.drop(_key_of(self._known(name)))
-        self._local.pop(name, None)
-        if self.bank is not None and name in self.bank.entries:
-            self._unloaded.add(name)
+        self._adapted.last = None
+        self._pool.drop(key_of(self._roster.known(name)))
+        self._roster.remove(name)
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -464,15 +365,15 @@ class MultiLoraModel(nn.Module):
         with self._lock:
             self._check_not_lent()
             self._lent = True
-            self._let_join(self._siblings.values())
+            self._adapted.keep_bits(False)
         try:
             yield
         finally:
             with self._lock:
                 self._lent = False
-                self._let_join(self._siblings.values())
-                self._last = self._asked = None
-                self._stands, self._stood, self._standing = {}, set(), {}
+                self._adapted.keep_bits(True)
+                self._adapted.last = self._asked = None
+                self._standings.clear()
 
     @property
     def lock(self) -> AbstractContextManager[bool]:
@@ -491,19 +392,13 @@ class MultiLoraModel(nn.Module):
             AdapterNotFoundError: the model does not serve it.
         """
         with self._lock:
-            known = self._known(name)
-            source = self._source(known)
-            added = max((module.added for module in source.layout.modules), default=0)
-            return Adapter(name, _key_of(known), source, _invocation_of(name, known), added, name in self._pinned)
+            return self._roster.adapter(name)
 
     def forget_removed(self) -> None:
         """Frees the memory of what was removed from the bank, or replaced there; unless it changed, costs nothing."""
-        if self.bank is None or self.bank.entries is self._followed:
-            return
-        with self._lock:
-            self._followed = self.bank.entries
-            served = (entry.blake3 for name, entry in self._followed.items() if name not in self._unloaded)
-            self._pool.keep_only({*served, *(local.key for local in self._local.values())})
+        if self._roster.is_behind:
+            with self._lock:
+                self._pool.keep_only(self._roster.follow())
 
     @contextmanager
     def serving(self, slots: Sequence[Slot | None], kept: Sequence[int] | None) -> Iterator[None]:
@@ -520,9 +415,9 @@ class MultiLoraModel(nn.Module):
         asked = tuple(slots), tuple(at_output)
         if self._asked is None or self._asked.slots != asked:
             rows, fewer = (Rows(some, exact=True) for some in asked)
-            self._adapt(rows)
-            self._asked = _Asked(asked, self._apart(rows, fewer, frozenset(rows.touched)))
-        with self._serving(self._asked.rows):
+            self._adapted.adapt(rows)
+            self._asked = _Asked(asked, self._adapted.apart(rows, fewer, frozenset(rows.touched)))
+        with self._adapted.serving(self._asked.rows):
             yield
 
     def standing(self, slots: Sequence[Slot | None], *, tokens: int, segments: int) -> Standing | None:
@@ -537,11 +432,7 @@ class MultiLoraModel(nn.Module):
         if not used or not ops.has_kernels(self.device, self.dtype):
             return None
         with self._lock:
-            if not all(slot.layout.key in self._stands for slot in used):
-                self._stand({slot.layout for slot in used})
-            if not all(self._stands[slot.layout.key] for slot in used):
-                return None
-            return self._standing_of(Mode.of((slot.dtype, slot.layout) for slot in used), tokens, segments)
+            return self._standings.of(used, tokens=tokens, segments=segments)
 
     def standings(self, *, tokens: int, segments: int) -> list[Standing]:
         """Standing batches for any one of the adapters that the model serves now, and for all together.
@@ -553,55 +444,16 @@ class MultiLoraModel(nn.Module):
         if not ops.has_kernels(self.device, self.dtype):
             return []
         with self._lock:
-            sources = self._sources()
-            self._stand({source.layout for source in sources})
-            kinds = {
-                (self._pool.dtype or source.dtype, source.layout) for source in sources if can_stand(source.layout)
-            }
-            modes = {Mode.of([kind]) for kind in kinds} | ({Mode.of(kinds)} if kinds else set())
-            found = [self._standing_of(mode, tokens, segments) for mode in sorted(modes, key=str)]
-            return [standing for standing in found if standing is not None]
-
-    def _standing_of(self, mode: Mode, tokens: int, segments: int) -> Standing | None:
-        if mode not in self._standing:
-            with plain_tensors():
-                self._standing[mode] = self._new_standing(mode, tokens, segments)
-        return self._standing[mode]
+            return self._standings.of_each(self._pool.dtype, tokens=tokens, segments=segments)
 
     @property
     def standing_version(self) -> tuple[int, int, int]:
         """What graphs of standing batches are right for: modules, siblings and tables as they are now."""
-        return len(self._stood), len(self._siblings), self._table.version
+        return self._standings.version
 
-    @contextmanager
-    def standing_by(self, standing: Standing) -> Iterator[None]:
+    def standing_by(self, standing: Standing) -> AbstractContextManager[None]:
         """Modules ask a standing batch for their adapters' shares, in what runs inside."""
-        with ExitStack() as stack:
-            for routing in standing.routings:
-                stack.enter_context(self._joined(routing))
-            yield
-            for routing in standing.routings:
-                routing.served = True
-
-    def _stand(self, layouts: set[Layout]) -> None:
-        """Hooks all modules of these layouts, and of all adapters served now; standing batches are made anew."""
-        for layout in layouts | {source.layout for source in self._sources()}:
-            self._stands[layout.key] = can_stand(layout)
-            if self._stands[layout.key]:
-                self._adapt_modules(layout.modules, shared=True)
-                self._stood |= {module.path for module in layout.modules}
-        self._standing = {}
-
-    def _new_standing(self, mode: Mode, tokens: int, segments: int) -> Standing | None:
-        modules = [self._adapted[path] for path in self._stood]
-        if not all(module.device == self._pool.device and module.aligned for module in modules):
-            return None
-        # A table that grew would be another one, and graphs that were captured of no use.
-        self._table.reserve(max(_FEWEST_SLOTS, len(self.adapters)), mode.dtypes, sorted(self._stood))
-        make = partial(StandingRouting, mode=mode, tokens=tokens, segments=segments, device=self.device)
-        heads = self._stood & {self._base.output}
-        body = make(sorted(self._stood - heads), self._table, self._finder)
-        return Standing(mode, body, make(sorted(heads), self._table, self._finder) if heads else None)
+        return self._standings.asked(standing)
 
     def _check_alone(self) -> None:
         if self._lent and self.processes > 1:
@@ -630,12 +482,13 @@ class MultiLoraModel(nn.Module):
         """Sets the rows' adapters for what runs inside, and takes them away again whatever happens there."""
         with self._lock, self._set_aside():
             self._check_not_lent()
-            ids = self._ids(adapter_ids, args, kwargs)
+            ids = ids_of(adapter_ids, args, kwargs)
+            self._roster.check_known(ids)
             starts = self._starts(ids, offsets, args, kwargs, generating=generating)
             slots = self._slots(ids, starts)
             # Of adapters that do not act too: the base has not their tokens.
             layouts = [
-                slot.layout if slot is not None else None if name is None else self._source(self._known(name)).layout
+                slot.layout if slot is not None else None if name is None else self._layout_of(name)
                 for slot, name in zip(slots, ids, strict=True)
             ]
             first = prompt_of(args, kwargs, generating=generating).first if any(starts) else 0
@@ -646,12 +499,15 @@ class MultiLoraModel(nn.Module):
             with self._pool.hold(slot for slot in slots if slot is not None):
                 towers = self._towers(ids, slots, args, kwargs)
                 if not any(starts):
-                    with self._serving(towers.beside(Rows(together(slots)))):
+                    with self._adapted.serving(towers.beside(Rows(together(slots)))):
                         yield
                     return
                 activation = Activation(slots, tuple(start or 0 for start in starts))
                 # The towers' part stays: `generate` may ask for images ahead of the first forward.
-                with self._serving(towers.rows), self._activated(activation, towers.paths, args, kwargs, generating):
+                with (
+                    self._adapted.serving(towers.rows),
+                    self._activated(activation, towers.paths, args, kwargs, generating),
+                ):
                     yield
 
     @contextmanager
@@ -666,9 +522,9 @@ class MultiLoraModel(nn.Module):
         """Sets what of the rows' adapters acts in each forward inside, for all modules but the towers'."""
 
         def serve(forward: Pass) -> AbstractContextManager[None]:
-            return self._serving(self._rows_of(activation, forward, towers))
+            return self._adapted.serving(self._rows_of(activation, forward, towers))
 
-        self._adapt(Rows(activation.slots, exact=True))
+        self._adapted.adapt(Rows(activation.slots, exact=True))
         if not generating:
             first = prompt_of(args, kwargs, generating=False).first
             with serve(Pass.of(args, kwargs, first, len(activation.slots))):
@@ -683,92 +539,17 @@ class MultiLoraModel(nn.Module):
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
         """Takes away the batch of a call that is still running: a logits processor may call its own model."""
-        outer = [(part, part.batch) for part in self._active]
-        active, self._active = self._active, []
         generation = self._generation
         asleep = generation is not None and generation.asleep
-        try:
-            for part, _ in outer:
-                part.batch = None
-            if generation is not None:
-                generation.asleep = True
-            yield
-        finally:
-            self._active = active
-            if self._generation is not generation:
-                self._generation = generation
-            if generation is not None:
-                generation.asleep = asleep
-            for part, batch in outer:
-                part.batch = batch
-
-    @contextmanager
-    def _serving(self, rows: Sequence[Rows]) -> Iterator[None]:
-        """Modules ask for their adapters' shares, each by the rows that it is given."""
-        rows = [one for one in rows if any(one.slots)]
-        active = self._active
-        with ExitStack() as stack:
-            for batch in self._formed(rows):
-                stack.enter_context(
-                    self._joined(batch) if isinstance(batch, Routing) else self._attached(batch, batch.paths)
-                )
-                if batch.added.at_output:
-                    stack.enter_context(self._masked(batch))
+        with self._adapted.set_aside():
             try:
+                if generation is not None:
+                    generation.asleep = True
                 yield
             finally:
-                self._active = active
-
-    @contextmanager
-    def _attached(self, batch: Batch, paths: Collection[str]) -> Iterator[None]:
-        """Modules of these paths ask the batch for their adapters' shares."""
-        modules = [self._adapted[path] for path in paths]
-        self._active = [*self._active, *modules]
-        try:
-            for module in modules:
-                module.batch = batch
-            yield
-        finally:
-            for module in modules:
-                module.batch = None
-
-    @contextmanager
-    def _joined(self, batch: Routing) -> Iterator[None]:
-        """The same for kernels, which serve siblings together, once it is known who they are."""
-        groups = dict.fromkeys(self._siblings[path] for path in batch.paths if path in self._siblings)
-        alone = [path for path in batch.paths if path not in self._siblings]
-        with plain_tensors():
-            batch.write([*(self._adapted[path] for path in alone), *(one for group in groups for one in group.modules)])
-        self._active = [*self._active, *groups]
-        try:
-            for group in groups:
-                group.batch = batch
-            with self._attached(batch, alone):
-                yield
-        finally:
-            for group in groups:
-                group.batch = None
-                group.forget()
-            found = list(self._finder.found())
-            self._siblings |= {module.path: group for group in found for module in group.modules}
-            self._let_join(found)
-
-    def _let_join(self, groups: Iterable[Siblings]) -> None:
-        """Only in an engine, which promises no bits, may siblings' own products be one launch."""
-        joins = self._lent and ops.has_kernels(self.device, self.dtype)
-        for group in groups:
-            group.joins = joins
-
-    @contextmanager
-    def _masked(self, batch: Batch) -> Iterator[None]:
-        """Keeps rows from the tokens that other rows' adapters add."""
-        self._mask = self._mask or LogitsMask(self.model)
-        self._active = [*self._active, self._mask]
-        self._mask.batch = batch
-        try:
-            yield
-        finally:
-            self._mask.batch = None
+                self._generation = generation
+                if generation is not None:
+                    generation.asleep = asleep
 
     def _towers(
         self, ids: Sequence[str | None], slots: tuple[Slot | None, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -782,7 +563,7 @@ class MultiLoraModel(nn.Module):
             if (
                 name is not None
                 and slot is not None
-                and _invocation_of(name, self._known(name))
+                and activation_of(name, self._roster.known(name))
                 and paths & set(slot.modules)
             ):
                 path = min(paths & set(slot.modules))
@@ -792,72 +573,17 @@ class MultiLoraModel(nn.Module):
                 )
         if not paths or len(together(slots)) == 1:
             return Towers()
-        self._adapt(rows)
-        return towers_of(self.model, paths, slots, _named(self.model, args, kwargs))
+        self._adapted.adapt(rows)
+        return towers_of(self.model, paths, slots, named(self.model, args, kwargs))
 
     def _rows_of(self, activation: Activation, forward: Pass, towers: frozenset[str]) -> list[Rows]:
         """The rows of a forward in which adapters begin to act; the output's module may see fewer tokens."""
         rows = activation.rows(forward.columns, forward.copies)
         at_output = activation.tokens(forward.kept, forward.copies) if rows.exact else rows
-        return self._apart(rows, at_output, frozenset(rows.touched) - towers)
+        return self._adapted.apart(rows, at_output, frozenset(rows.touched) - towers)
 
-    def _apart(self, rows: Rows, at_output: Rows, touched: frozenset[str]) -> list[Rows]:
-        """Rows for all modules of these paths but the output layer, and its own for that."""
-        heads = touched & {self._base.output} if rows.exact else frozenset()
-        body = rows._replace(paths=touched - heads)
-        return [body, at_output._replace(paths=heads)] if heads else [body]
-
-    def _formed(self, rows: Sequence[Rows]) -> tuple[Batch, ...]:
-        """The batches of these rows: the last ones if they had the same, else new ones."""
-        kernels = ops.has_kernels(self.device, self.dtype) and not torch.is_grad_enabled()
-        last, self._last = self._last, None  # what the last batch stacked is freed as more is stacked
-        wanted = kernels, self.dtype, list(rows)
-        if last is None or (last.kernels, last.dtype, [batch.rows for batch in last.batches]) != wanted:
-            if last is not None and last.dtype != self.dtype:
-                self._table = AddressTable(self.device, self._adapted)  # an embedding's scale is rounded to its dtype
-            # Only in an engine, which promises no bits: how factors lie together may change a product's.
-            before = last.factors if last is not None and last.dtype == self.dtype and self._lent else None
-            del last
-            for one in rows:
-                self._adapt(one)
-            factors = FactorStacks(torch.promote_types(self.dtype, torch.float32), before)
-            with plain_tensors():
-                batches = tuple(self._new_batch(one, kernels, factors) for one in rows)
-            factors.forget_others()
-            last = _Formed(kernels, self.dtype, batches, factors)
-        self._last = last
-        return last.batches
-
-    def _new_batch(self, rows: Rows, kernels: bool, factors: FactorStacks) -> Batch:
-        # Kernels read an adapter where the pool has it, so no module may compute on another device.
-        modules = [self._adapted[path] for path in rows.touched]
-        if kernels and all(module.device == self._pool.device and module.aligned for module in modules):
-            added = AddedTokens(rows, self._adapted)
-            return Routing(rows, self._table, self._finder, added, device=self.device)
-        return Stacking(rows, self._adapted, factors)
-
-    def _ids(self, adapter_ids: AdapterIds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, ...]:
-        """Checks `adapter_ids` whole: the name of each row, or none at all."""
-        if adapter_ids is None:
-            return ()
-        rows = _count_rows(args, kwargs)
-        try:
-            ids = [adapter_ids] * rows if isinstance(adapter_ids, str) else list(adapter_ids)
-        except TypeError as error:
-            message = f"adapter_ids is {adapter_ids!r}; give a name, or one a row (None for the base)."
-            raise AdapterIdsError(message) from error
-        if len(ids) != rows:
-            raise AdapterIdsError(
-                f"adapter_ids has {len(ids)} entries for a batch of {rows} rows; give one a row (None for the base)."
-            )
-        for name in ids:
-            if name is not None and not isinstance(name, str):
-                raise AdapterIdsError(f"adapter_ids holds {name!r}; an entry is an adapter's name or None.")
-        serving = set(self.adapters)
-        for name in dict.fromkeys(ids):
-            if name is not None and name not in serving:
-                raise self._unknown(name)
-        return tuple(ids)
+    def _layout_of(self, name: str) -> Layout:
+        return self._roster.source(self._roster.known(name)).layout
 
     def _starts(
         self,
@@ -869,7 +595,7 @@ class MultiLoraModel(nn.Module):
         generating: bool,
     ) -> tuple[int | None, ...]:
         """From which of its tokens on each row's adapter acts: 0 for most, None where it never does."""
-        found = {name: _invocation_of(name, self._known(name)) for name in dict.fromkeys(ids) if name is not None}
+        found = {name: activation_of(name, self._roster.known(name)) for name in dict.fromkeys(ids) if name is not None}
         invocations = {name: tokens for name, tokens in found.items() if tokens is not None}
         if not invocations and offsets is None:
             return (0,) * len(ids)
@@ -893,17 +619,13 @@ class MultiLoraModel(nn.Module):
     def _follow(self) -> None:
         """Goes where the model has gone: what is resident on another device is of no use any more."""
         if self._pool.device != self.device:
-            self._last = None
             self._pool = AdapterPool(device=self.device, dtype=self._pool.dtype, capacity=self._pool.capacity)
-            self._table = AddressTable(self.device, self._adapted)
+            self._adapted.follow()
 
     def _bring(self, name: str) -> None:
         """Brings an adapter to the device; the disk is read while others use the model."""
         with self._lock:
-            if name not in self._local:
-                if self.bank is None or name not in self.bank:
-                    raise self._unknown(name)
-                self._unloaded.discard(name)
+            self._roster.restore(name)
         read: tuple[str, AdapterPool, HostExtent] | None = None
         while True:
             with self._lock:
@@ -925,172 +647,12 @@ class MultiLoraModel(nn.Module):
 
     def _slot(self, name: str, keep: Sequence[str]) -> Slot:
         """The adapter's slot, loaded if it is not resident."""
-        known = self._known(name)
-        key = _key_of(known)
+        known = self._roster.known(name)
+        key = key_of(known)
         slot = self._pool.get(key)
         if slot is None:
             self.forget_removed()
-            kept = {_key_of(self._known(other)) for other in keep}
-            pinned = name in self._pinned
-            slot = self._pool.put(key, self._source(known), name=name, keep=kept, pinned=pinned)
+            kept = {key_of(self._roster.known(other)) for other in keep}
+            pinned = name in self._roster.pinned
+            slot = self._pool.put(key, self._roster.source(known), name=name, keep=kept, pinned=pinned)
         return slot
-
-    def _known(self, name: str) -> _Known:
-        """What is served under a name. Asked once for all that belongs together: the bank may change at any time."""
-        local = self._local.get(name)
-        if local is not None:
-            return local
-        entry = None if self.bank is None or name in self._unloaded else self.bank.entries.get(name)
-        if entry is None:
-            raise self._unknown(name)
-        return entry
-
-    def _source(self, known: _Known) -> Extent | ExtentReader:
-        """Where the pool finds an adapter that the device does not have."""
-        reader: ExtentReader
-        if isinstance(known, _Local):
-            if isinstance(known.extent, Extent):
-                return known.extent
-            name, reader = known.key, known.extent
-        else:
-            assert self.bank is not None
-            self._compare_base(known)  # it may have come into the bank after the model was made
-            name, read = known.name, partial(self._read_into, self.bank, known)
-            reader = ExtentReader(known.layout, known.dtype, read)
-        return reader if self._shards is None else self._shards.reader(reader, name)
-
-    def _sources(self) -> list[Extent | ExtentReader]:
-        """The same of all adapters, but for those that are refused when they are asked for."""
-        banked = () if self.bank is None else self.bank.entries.items()
-        known: list[_Known] = [
-            entry for name, entry in banked if name not in self._unloaded and name not in self._local
-        ]
-        found = []
-        for one in (*known, *self._local.values()):
-            with suppress(UnsupportedMethodError):
-                found.append(self._source(one))
-        return found
-
-    @staticmethod
-    def _read_into(bank: AdapterBank, entry: AdapterEntry, buffer: torch.Tensor) -> Extent:
-        """Reads an adapter, and no other that came under its name meanwhile."""
-        try:
-            return bank.read_into(entry, buffer)
-        except BankCorruptedError as error:
-            now = bank.entries.get(entry.name)
-            if now is not None and now.blake3 == entry.blake3:
-                raise
-            message = f"adapter {entry.name!r} was replaced in the bank while it was read; try again."
-            raise AdapterNotFoundError(message) from error
-
-    def _adapt(self, rows: Rows) -> None:
-        """Hooks the modules that these rows' adapters touch and that have no hook yet."""
-        touched = set(rows.touched)
-        modules = [module for slot in rows.used for module in slot.layout.modules if module.path in touched]
-        self._adapt_modules(modules, shared=rows.shared)
-
-    def _adapt_modules(self, modules: Iterable[ModuleLayout], *, shared: bool) -> None:
-        """The same for modules of layouts.
-
-        Args:
-            modules: of any adapters.
-            shared: whether adapters act on parts of a module's input.
-        """
-        kinds: dict[str, Kind] = {}
-        for module in modules:
-            kinds[module.path] = module.kind
-            if module.added and module.kind == "linear" and module.path != self._base.output:
-                raise BankError(
-                    f"an adapter adds tokens to the vocabulary at {module.path}, which is no output layer: its bank is "
-                    "not lorakit's, or is damaged."
-                )
-        for path, kind in kinds.items():
-            owner = path.rpartition(".")[0] if kind in ("experts", "router") else path
-            if shared:
-                check_placement(self.model, owner)
-            if path not in self._adapted:
-                found = self.model.get_submodule(owner)
-                if kind == "experts":
-                    experts = AdaptedExperts(owner, found)
-                    self._adapted |= {parameter.path: parameter for parameter in experts.parameters.values()}
-                elif kind == "router":
-                    self._adapted[path] = AdaptedRouter(path, found)
-                else:
-                    within = None if self._shards is None else self._shards.partial_sums(path)
-                    self._adapted[path] = AdaptedModule(path, found, within)
-
-    def _compare_base(self, entry: AdapterEntry) -> None:
-        """Warns of a bank's adapter that was computed from the base's weights as they are not here.
-
-        Once for each way in which a bank's bases were quantised.
-        """
-        assert self.bank is not None
-        name, here = entry.name, self._base.quantisation
-        if entry.uses_base_weights and entry.base_quantisation not in {here, *self._warned}:
-            self._warned.add(entry.base_quantisation)
-            warnings.warn(
-                f"adapter {name!r} ({entry.method}) of the bank at {self.bank.path} was computed from the weights of "
-                f"the base {in_words(entry.base_quantisation)}, and is served on the base {in_words(here)}; so may "
-                "others be. It is not PEFT's adapter exactly, but off by as much as the two bases' weights are apart. "
-                "To be exact, export it again with this model as base_model.",
-                stacklevel=3,
-            )
-
-    def _check_free(self, name: str) -> None:
-        if name in self.adapters:
-            raise AdapterExistsError(f"the model already serves an adapter {name!r}; unload_adapter({name!r}) first.")
-
-    def _unknown(self, name: object) -> AdapterNotFoundError:
-        return names.not_found(name, self.adapters, "the model")
-
-
-def load_base(base: str | os.PathLike[str], architecture: str, **kwargs: Any) -> PreTrainedModel:
-    """Loads a base, in evaluation mode.
-
-    Args:
-        base: a folder or a Hub id.
-        architecture: its class in transformers, by name.
-        **kwargs: for its `from_pretrained`.
-
-    Raises:
-        BaseModelNotFoundError: no such base, or transformers lacks the class.
-    """
-    model_class = architecture_class(architecture)
-    try:
-        model: PreTrainedModel = model_class.from_pretrained(base, **{"dtype": "auto", **kwargs})
-    except (torch.OutOfMemoryError, ImportError, TypeError):
-        raise  # the machine's fault, or the call's; not the base's
-    except Exception as error:  # a damaged base makes transformers raise nearly anything
-        raise BaseModelNotFoundError(
-            f"the base model {str(base)!r} cannot be loaded: {error} ({type(error).__name__}). "
-            "Check the folder or the Hub id, and download it again if it is damaged."
-        ) from error
-    return model.eval()
-
-
-def _key_of(known: _Known) -> str:
-    """What an adapter's slot is kept under: its content, so that one replaced under its name is never served."""
-    return known.key if isinstance(known, _Local) else known.blake3
-
-
-def _invocation_of(name: str, known: _Known) -> tuple[int, ...] | None:
-    """The tokens from which on an adapter acts, or None for one that always does."""
-    return known.invocation if isinstance(known, _Local) else invocation_of(known.method, known.config, name)
-
-
-def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {"input_ids": named.get("inputs"), **named}
-
-
-def _count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The batch's rows: the first axis of its first input. A `generate` without inputs starts one row."""
-    named = [kwargs[key] for key in _ROW_INPUTS if kwargs.get(key) is not None]
-    for value in (*args, *named, *kwargs.values()):
-        if isinstance(value, ModelOutput):
-            value = value[0]
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return 1

@@ -21,7 +21,7 @@ from lorakit.adapters.methods.alora import invocation_of
 from lorakit.adapters.peft_reader import Source
 from lorakit.errors import AdapterExistsError, AdapterNotFoundError
 from lorakit.runtime.host_cache import ExtentReader
-from lorakit.runtime.model import Adapter
+from lorakit.runtime.roster import Adapter
 from lorakit.scheduler.messages import Known
 
 

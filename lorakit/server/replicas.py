@@ -17,7 +17,8 @@ from lorakit.engine.config import EngineConfig
 from lorakit.engine.engine import Engine
 from lorakit.engine.tenants import TenantPolicy
 from lorakit.errors import BaseModelNotFoundError, ConfigError
-from lorakit.runtime.model import MultiLoraModel, load_base
+from lorakit.runtime.loading import load_base
+from lorakit.runtime.model import MultiLoraModel
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.cluster import Cluster
 from lorakit.scheduler.config import ClusterConfig

@@ -15,7 +15,7 @@ from lorakit import AdapterBank, MultiLoraModel, export
 from lorakit.adapters.form import AdapterForm, ModuleForm
 from lorakit.adapters.layout import Extent
 from lorakit.errors import AdapterIdsError, BankError, BaseModelMismatchError, UnsupportedMethodError
-from lorakit.runtime.model import _Local
+from lorakit.runtime.roster import Local
 
 ADDED = 3
 NEW = list(range(VOCAB, VOCAB + ADDED))
@@ -276,7 +276,7 @@ def test_a_bank_that_adds_tokens_elsewhere_is_refused():
     model = MultiLoraModel(copy.deepcopy(base_of()))
     path = "model.layers.0.self_attn.q_proj"
     form = AdapterForm("lora", {path: ModuleForm("linear", 32, 32, t=torch.zeros(2, 32))}, {})
-    model._local["a"] = _Local("local-a", Extent.of_form(form), None)
+    model._roster.add("a", Local("local-a", Extent.of_form(form), None))
     with pytest.raises(BankError, match="no output layer"):
         model(torch.tensor([[5, 6]]), adapter_ids="a")
 
@@ -308,7 +308,7 @@ def test_nan_of_one_tenant_reaches_no_other_row(tmp_path):
     model.load_adapter("b", folder_of(lora(), "llama", tmp_path / "b", 1, 5)[1])
     ids = torch.tensor([[5, VOCAB + 2], [VOCAB, VOCAB + 1], [5, 6]])
     before = model(ids, adapter_ids=["a", "b", None]).logits
-    rows = model._last.batches[0].added._rows
+    rows = model._adapted.last.batches[0].added._rows
     for each in rows.values():
         each.table[0].fill_(torch.nan)
     after = model(ids, adapter_ids=["a", "b", None]).logits

@@ -14,7 +14,7 @@ from lorakit.engine import sampling
 from lorakit.engine.handle import RequestHandle
 from lorakit.engine.job import Job
 from lorakit.errors import DeadlineExceededError, EngineError
-from lorakit.runtime.model import Adapter
+from lorakit.runtime.roster import Adapter
 
 REQUEST = replace(plain.REQUEST, max_new_tokens=4, stop_token_ids=frozenset({9}))
 SLOT = object()

@@ -102,7 +102,7 @@ def test_one_that_acts_from_the_first_token_is_a_lora():
     _, tenants, model = family()
     ids = torch.tensor([[5, 6, 40, 41], [5, 6, 42, 43]])
     mixed = model(ids, adapter_ids="early").logits
-    assert len(model._last.batches[0].rows.slots) == 1
+    assert len(model._adapted.last.batches[0].rows.slots) == 1
     assert relative(mixed, tenants["early"](input_ids=ids).logits) <= 1e-5
 
 
@@ -144,7 +144,7 @@ def test_greedy_tokens_in_a_mixed_batch_equal_pefts(name):
     plain = base.generate(prompts(), **GREEDY)
     assert not torch.equal(generated[2], plain[2]) and torch.equal(generated[6, -5:], plain[6, -5:])
     assert not base._forward_pre_hooks and not model.model._forward_pre_hooks and not model.model._forward_hooks
-    assert all(module.batch is None for module in model._adapted.values())
+    assert all(module.batch is None for module in model._adapted.modules.values())
 
 
 @torch.no_grad()
@@ -319,7 +319,7 @@ def test_a_call_inside_a_call_changes_neither():
 def test_decoding_is_served_row_by_row():
     _, _, model = family()
     model.generate(prompts(), adapter_ids=IDS, **GREEDY)
-    [batch] = model._last.batches
+    [batch] = model._adapted.last.batches
     assert isinstance(batch, Stacking) and len(batch.rows.slots) == len(IDS) and not batch.rows.exact
 
 
@@ -328,7 +328,7 @@ def test_a_failing_call_leaves_nothing_behind():
     with pytest.raises(Exception, match="index out of range"):
         model.generate(torch.full((2, 4), 10**6), adapter_ids=["early", "lora"], alora_offsets=[2, None], **GREEDY)
     assert not model.model._forward_pre_hooks and not model.model._forward_hooks
-    assert all(module.batch is None for module in model._adapted.values())
+    assert all(module.batch is None for module in model._adapted.modules.values())
 
 
 def test_gradients_flow_from_where_it_acts():
@@ -380,8 +380,8 @@ def test_kernels_give_pefts_logits(with_kernels, copies):
     ids, names = SMALL.repeat(copies, 1), SMALL_IDS * copies
     for _ in range(2):  # the first round finds siblings, the second serves them together
         mixed = model(ids.to(DEVICE), adapter_ids=names).logits.cpu()
-        assert all(isinstance(batch, Routing) for batch in model._last.batches)
-        assert model._last.batches[0].rows.exact
+        assert all(isinstance(batch, Routing) for batch in model._adapted.last.batches)
+        assert model._adapted.last.batches[0].rows.exact
         for row, name in enumerate(SMALL_IDS):
             expected = alone(name, tenants, base)(input_ids=SMALL[row : row + 1]).logits[0]
             for copy_ in range(copies):
@@ -398,7 +398,7 @@ def test_kernels_generate_what_stacks_do(monkeypatch, options):
     expected = model.generate(ids, adapter_ids=SMALL_IDS, **options)
     monkeypatch.setattr(ops, "has_kernels", lambda device, dtype: True)
     assert torch.equal(model.generate(ids, adapter_ids=SMALL_IDS, **options), expected)
-    assert isinstance(model._last.batches[0], Routing) and not model._last.batches[0].rows.exact
+    assert isinstance(model._adapted.last.batches[0], Routing) and not model._adapted.last.batches[0].rows.exact
 
 
 @torch.no_grad()

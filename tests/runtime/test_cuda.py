@@ -57,7 +57,7 @@ def test_an_adapter_full_of_nan_changes_no_other_row_by_a_bit(family):
         for _, tensor in module.tensors():
             assert tensor.is_cuda
             tensor.fill_(float("nan"))
-    model._last = None
+    model._adapted.last = None
     after = model(**inputs, adapter_ids=ids).logits
     for row, tenant in enumerate(ids):
         assert after[row].isnan().all() if tenant == "dora" else torch.equal(before[row], after[row])

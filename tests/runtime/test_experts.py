@@ -87,7 +87,7 @@ def kernels(monkeypatch):
 def test_logits_in_a_mixed_batch_equal_pefts(family):
     ids = ["experts", None, "other", "attention", "experts", None, "both", "all"]
     mixed = family.check(ids)
-    assert isinstance(family.model._last.batches[0], Stacking)
+    assert isinstance(family.model._adapted.last.batches[0], Stacking)
     inputs = family.inputs(len(ids))
     assert torch.equal(family.model(**inputs, adapter_ids=ids).logits, mixed)
     assert torch.equal(family.model(**inputs).logits, family.base(**inputs).logits)
@@ -133,7 +133,7 @@ def poison(model, name):
     for form in model._slot(name, keep=()).modules.values():
         for _, tensor in form.tensors():
             tensor.fill_(float("nan"))
-    model._last = None
+    model._adapted.last = None
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -159,7 +159,7 @@ def test_kernels_give_pefts_logits(name, kernels):
     family = Family(name, device=DEVICE)
     ids = ["experts", None, "both", "all"]
     first = family.check(ids, length=2)
-    assert isinstance(family.model._last.batches[0], Routing)
+    assert isinstance(family.model._adapted.last.batches[0], Routing)
     assert torch.equal(family.check(ids, length=2), first)
     assert torch.equal(family.model(**family.inputs(4, 2)).logits, family.base(**family.inputs(4, 2)).logits)
 
@@ -209,7 +209,7 @@ def test_sizes_that_kernels_cannot_load_are_served_without_them(kernels):
     model.load_adapter("tenant", tenant)
     inputs = {key: value.to(DEVICE) for key, value in mixtral.inputs(2).items()}
     logits = model(**inputs, adapter_ids=["tenant", None]).logits
-    assert isinstance(model._last.batches[0], Stacking)
+    assert isinstance(model._adapted.last.batches[0], Stacking)
     assert relative(logits[0], tenant.to(DEVICE)(**one_row(inputs, 0)).logits[0]) <= 1e-5
 
 
@@ -261,7 +261,7 @@ def test_arguments_may_be_named(family):
     """The models give them in order, but their names are the forward's own."""
     model = family.model
     model(**family.inputs(2), adapter_ids=["experts", None])
-    path = next(path for path in model._adapted if path.endswith("down_proj"))
+    path = next(path for path in model._adapted.modules if path.endswith("down_proj"))
     experts = model.model.get_submodule(path.rpartition(".")[0])
     x, chosen, weights = torch.randn(2, 32), torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2)
     names = list(type(experts).forward.__wrapped__.__code__.co_varnames[1:4])

@@ -33,7 +33,7 @@ def test_an_adapter_full_of_nan_changes_no_other_row_by_a_bit(name, method):
     inputs = ARCHITECTURES[name].inputs(len(ids))
     before = model(**inputs, adapter_ids=ids).logits
     fill(model, "bad", float("nan"))
-    model._last = None  # the stacks hold copies of the factors
+    model._adapted.last = None  # the stacks hold copies of the factors
     after = model(**inputs, adapter_ids=ids).logits
     for row, tenant in enumerate(ids):
         if tenant == "bad":

@@ -37,7 +37,7 @@ def inputs(rows):
 
 def test_generate_takes_kernels_whatever_the_callers_mode(model, kernels):
     model.generate(**inputs(2), adapter_ids=["a", None], max_new_tokens=1, do_sample=False)
-    assert isinstance(model._last.batches[0], Routing) == kernels
+    assert isinstance(model._adapted.last.batches[0], Routing) == kernels
 
 
 def test_modes_may_follow_each_other(model, kernels):
@@ -75,7 +75,7 @@ def test_a_cast_of_the_base_forms_the_batch_anew(model, kernels):
     model(**inputs(2), adapter_ids=ids)
     model.double()
     cast = model(**inputs(2), adapter_ids=ids).logits
-    model._last = None
+    model._adapted.last = None
     assert torch.equal(model(**inputs(2), adapter_ids=ids).logits, cast)
 
 

@@ -54,7 +54,7 @@ class Family:
         """Each row's logits are PEFT's own."""
         inputs = inputs_of(self.name, len(ids))
         mixed = self.model(**inputs, adapter_ids=ids).logits
-        assert isinstance(self.model._last.batches[0], Routing)
+        assert isinstance(self.model._adapted.last.batches[0], Routing)
         for row, method in enumerate(ids):
             alone = {key: tensor[row : row + 1] for key, tensor in inputs.items()}
             expected = (self.tenants[method] if method else self.base)(**alone).logits[0]
@@ -104,7 +104,7 @@ def test_an_adapter_full_of_nan_changes_no_other_row_by_a_bit():
 def test_where_gradients_are_wanted_the_batch_is_stacked():
     family = Family("llama", ["lora"])
     family.model(**inputs_of("llama", 2), adapter_ids=["lora", None]).logits.sum().backward()
-    assert isinstance(family.model._last.batches[0], Stacking)
+    assert isinstance(family.model._adapted.last.batches[0], Stacking)
     assert family.model.model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
@@ -126,7 +126,8 @@ def test_siblings_are_found_by_what_they_are_given():
     model = family.model
     alone = family.check(["lora", None])
     groups = [
-        [module.path.split(".", 2)[-1] for module in group.modules] for group in dict.fromkeys(model._siblings.values())
+        [module.path.split(".", 2)[-1] for module in group.modules]
+        for group in dict.fromkeys(model._adapted.siblings.values())
     ]
     assert ["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"] in groups
     assert ["1.mlp.gate_proj", "1.mlp.up_proj"] in groups
@@ -143,7 +144,7 @@ def test_siblings_that_part_are_served_alone():
     model, ids = family.model, ["lora", None]
     expected = family.check(ids)
     attention = model.model.model.layers[0].self_attn
-    group = model._siblings["model.layers.0.self_attn.q_proj"]
+    group = model._adapted.siblings["model.layers.0.self_attn.q_proj"]
     x = torch.randn(2, 3, 32, device=DEVICE)
     with model._batch(ids, (x,), {}):
         q = attention.q_proj(x)

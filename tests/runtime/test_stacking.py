@@ -76,7 +76,7 @@ def test_whatever_was_stacked_before_the_outputs_are_the_same(model, stacked):
     often = len(stacked)
     stacked.clear()
     for step, some, logits in zip(steps, kept, found, strict=True):
-        model._last = None
+        model._adapted.last = None
         torch.testing.assert_close(logits, logits_of(model, step, some), rtol=1e-5, atol=1e-5)
     assert often < len(stacked)
 
@@ -97,7 +97,8 @@ def test_adapters_that_stay_are_not_stacked_again(model, stacked):
 
 def test_a_step_of_the_same_adapters_is_formed_once(model, monkeypatch):
     formed = []
-    monkeypatch.setattr(model, "_adapt", lambda rows: formed.append(rows) or MultiLoraModel._adapt(model, rows))
+    adapt = model._adapted.adapt
+    monkeypatch.setattr(model._adapted, "adapt", lambda rows: formed.append(rows) or adapt(rows))
     first = logits_of(model, ["0", "1", None], kept=[1, 2])
     formed.clear()
     assert torch.equal(logits_of(model, ["0", "1", None], kept=[1, 2]), first)
@@ -114,19 +115,19 @@ def test_an_adapter_that_is_stacked_but_not_asked_for_reaches_no_row(model):
     assert logits_of(model, mix)[0, 1:].isnan().all()
     found = logits_of(model, without)
     assert found.isfinite().all()
-    model._last = None
+    model._adapted.last = None
     torch.testing.assert_close(found, logits_of(model, without), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_unloaded_or_not_used_any_more_is_let_go(model):
     logits_of(model, ["0", "1", "2", "5"])
-    held = model._last.factors._made
+    held = model._adapted.last.factors._made
     assert any(len(one.places) > 1 for one in held.values())
     logits_of(model, ["2"])
-    assert {len(one.places) for one in model._last.factors._made.values()} == {1}
-    assert not model._last.factors._before
+    assert {len(one.places) for one in model._adapted.last.factors._made.values()} == {1}
+    assert not model._adapted.last.factors._before
     model.unload_adapter("2")
-    assert model._last is None
+    assert model._adapted.last is None
 
 
 def test_outside_an_engine_the_same_call_gives_the_same_bits(stacked):

@@ -39,7 +39,7 @@ def test_each_image_by_its_own_rows_adapter(name, images):
     inputs, alone = inputs_of(name, images)
     check(name, inputs, alone, ["0", "1", "1", None])
     _, _, model = family(name)
-    paths = {path for batch in model._last.batches[1:] for path in batch.paths}
+    paths = {path for batch in model._adapted.last.batches[1:] for path in batch.paths}
     assert any("vision" in path or "visual" in path for path in paths)
     assert any("connector" in path or "projector" in path or "merger" in path for path in paths) or name == "gemma3"
 
