@@ -23,7 +23,7 @@ from lorakit.engine.handle import RequestHandle
 from lorakit.engine.intake import Intake
 from lorakit.engine.rate import Rate
 from lorakit.engine.request import Request
-from lorakit.engine.stats import EngineState, EngineStats, Ledger, Loads, Tier
+from lorakit.engine.stats import EngineState, EngineStats, Ledger, Tier
 from lorakit.engine.stopping import Decode
 from lorakit.engine.tenants import TenantPolicy, Tenants
 from lorakit.errors import ConfigError, EngineBusyError, EngineStoppedError, RequestError
@@ -182,7 +182,7 @@ class Cluster:
     def stats(self) -> EngineStats:
         """What all replicas are doing, as they told last."""
         replicas = self._dispatcher.replicas
-        told = [replica.stats for replica in replicas if replica.stats is not None]
+        told, totals = [replica.stats for replica in replicas], self._dispatcher.totals
         free = sum(max(0, replica.told) for replica in replicas)
         blocks = sum(replica.limits.blocks for replica in replicas)
         return EngineStats(
@@ -192,12 +192,10 @@ class Cluster:
             waiting=self._requests.waiting(),
             device=_sum_of_tiers(one.device for one in told),
             host=_sum_of_tiers(one.host for one in told),
-            loads=Loads(*(sum(values) for values in zip(*(one.loads for one in told), strict=True)))
-            if told
-            else Loads(0, 0.0, 0, 0, 0.0, 0),
+            loads=totals.loads,
             cache_free=min(1.0, free / blocks) if blocks else 1.0,
-            steps=sum(one.steps for one in told),
-            segments=sum(one.segments for one in told),
+            steps=totals.steps,
+            segments=totals.segments,
             tenants=self._requests.tenants(),
             replicas=len(replicas),
         )

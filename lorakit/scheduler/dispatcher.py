@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 from lorakit.engine.handle import FinishReason, RequestHandle, Token
+from lorakit.engine.stats import EngineStats
 from lorakit.engine.tenants import Tenants
 from lorakit.errors import (
     AdapterNotFoundError,
@@ -43,6 +44,7 @@ from lorakit.scheduler.messages import Ending, Given, Hello, News
 from lorakit.scheduler.policy import Policy, consolidate, may_release, newest, route, scale_up
 from lorakit.scheduler.queues import FairFcfs
 from lorakit.scheduler.snapshot import Limits
+from lorakit.scheduler.totals import Totals
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Dispatcher:
     Attributes:
         policy: which replica, and how many.
         capacity: the most tokens that one sequence may have; 0 until a replica has come.
+        totals: what all replicas have counted.
     """
 
     def __init__(self, links: Links, catalog: Catalog, policy: Policy, config: ClusterConfig, tenants: Tenants) -> None:
@@ -72,6 +75,7 @@ class Dispatcher:
         """
         self.policy = policy
         self.capacity = 0
+        self.totals = Totals()
         self._links = links
         self._catalog = catalog
         self._config = config
@@ -277,8 +281,15 @@ class Dispatcher:
     async def _beat(self, replica: LiveReplica) -> None:
         while self._replicas.get(replica.id) is replica:
             with suppress(Exception):
-                replica.stats = await asyncio.wait_for(replica.link.beat(), self._config.silence)
+                stats = await asyncio.wait_for(replica.link.beat(), self._config.silence)
+                if self._replicas.get(replica.id) is replica:
+                    self._note(replica, stats)
             await asyncio.sleep(self._config.beat)
+
+    def _note(self, replica: LiveReplica, stats: EngineStats) -> None:
+        """A replica has told its numbers."""
+        self.totals.note(replica.stats, stats)
+        replica.stats = stats
 
     def _drain(self, replica: LiveReplica) -> None:
         """A replica is about to end: what it has moves, or ends there."""
@@ -297,6 +308,8 @@ class Dispatcher:
             self._spawn(self._let_go(replica))
 
     async def _let_go(self, replica: LiveReplica) -> None:
+        with suppress(Exception):  # what it has done since the last beat
+            self._note(replica, await asyncio.wait_for(replica.link.beat(), self._config.beat))
         with suppress(Exception):
             await replica.link.let_go()
 

@@ -28,7 +28,7 @@ class LiveReplica:
         moved: when it did a forward last, or had nothing to do.
         empty_since: since when it has had no sequence.
         draining: whether it is given nothing any more.
-        stats: its engine's, as of the last beat.
+        stats: its engine's, as it told last.
     """
 
     def __init__(self, id: int, name: str, link: Link, hello: Hello) -> None:
@@ -43,7 +43,7 @@ class LiveReplica:
         self.resident_keys: frozenset[str] = frozenset()
         self.heard = self.moved = self.empty_since = time.monotonic()
         self.draining = False
-        self.stats: EngineStats | None = None
+        self.stats: EngineStats = hello.stats
         self._expected: dict[int, tuple[Flight, int]] = {}
         self._steps = 0
 

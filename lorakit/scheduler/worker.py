@@ -87,7 +87,8 @@ class Worker:
         engine = self.engine
         blocks = engine.capacity // engine.block_tokens
         # The policy keeps a block for the next token of each.
-        return Hello(Limits(engine.batch, blocks, engine.block_tokens), max(0, blocks - 1) * engine.block_tokens)
+        limits, capacity = Limits(engine.batch, blocks, engine.block_tokens), max(0, blocks - 1) * engine.block_tokens
+        return Hello(limits, capacity, engine.stats())
 
     def beat(self, cluster: str) -> None:
         """The cluster is there.

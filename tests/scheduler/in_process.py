@@ -86,6 +86,7 @@ class InProcess:
         self.ended: list[InProcessLink] = []
         self.counts: list[int] = []
         self.broken: Callable[[str, str], bool] = lambda replica, key: False
+        self.first_to_go = ""
         self._scaling = asyncio.Lock()
 
     @property
@@ -116,7 +117,7 @@ class InProcess:
 
     async def _have_as_many(self) -> None:
         while len(self.serving) > self.counts[-1]:  # the newest goes first, as with Ray Serve
-            name = self.serving[-1].name
+            name = self.first_to_go if self.first_to_go in self.links else self.serving[-1].name
             self.ended.append(self.links.pop(name))
         while len(self.serving) < self.counts[-1]:
             name = next(self._names)

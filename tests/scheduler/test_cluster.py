@@ -1,5 +1,6 @@
 """The cluster's promises, on replicas in this process: what it gives is what one engine gives, whatever happens."""
 
+import operator
 import random
 import threading
 import time
@@ -284,6 +285,47 @@ def test_replicas_end_under_load(started, model):
     wait_until(lambda: cluster.stats().replicas == 1)
     assert sum(handle.parts[0].moves for handle in handles) > 2
     at_rest(cluster, links)
+
+
+def test_what_is_counted_never_falls(started):
+    cluster, links = started(Policy(least=3, most=3, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 3)
+
+    def counted():
+        stats = cluster.stats()
+        return (*stats.loads, stats.steps, stats.segments)
+
+    handles = submitted(cluster, long(12))
+    cluster._dispatcher._call(spread, cluster, handles)
+    assert all(handle.wait(60) for handle in handles)
+    at_rest(cluster, links)
+    done = [link.worker.engine.stats() for link in links.serving]
+    wait_until(lambda: counted()[-2:] == (sum(one.steps for one in done), sum(one.segments for one in done)))
+    before = counted()
+    assert all(before[:-3]), before
+    dies = links.serving[0]
+    dies.killed = True
+    wait_until(lambda: dies.name not in {replica.name for replica in cluster._dispatcher.replicas})
+    assert all(map(operator.ge, counted(), before))
+    cluster._dispatcher.policy = Policy(least=1, most=3, linger=60.0, consolidate_every=None)
+    cluster._dispatcher._call(cluster._dispatcher._scale, 1)
+    wait_until(lambda: cluster.stats().replicas == 1)
+    assert all(map(operator.ge, counted(), before))
+    at_rest(cluster, links)
+
+
+def test_what_a_drained_replica_did_last_is_counted(started):
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None), beat=60.0)
+    wait_until(lambda: cluster.stats().replicas == 2)
+    assert cluster.submit([11, 12], "lora", max_new_tokens=5, ignore_eos=True).result(30)
+    at_rest(cluster, links)
+    done = sum(link.worker.engine.stats().steps for link in links.serving)
+    assert done
+    cluster._dispatcher.policy = Policy(least=1, most=2, linger=60.0, consolidate_every=None)
+    links.first_to_go = max(links.serving, key=lambda link: link.worker.engine.stats().steps).name
+    cluster._dispatcher._call(cluster._dispatcher._scale, 1)
+    wait_until(lambda: cluster.stats().replicas == 1)
+    wait_until(lambda: cluster.stats().steps == done)
 
 
 def test_lightly_loaded_replicas_empty_out(started, model):
