@@ -497,11 +497,20 @@ class Dispatcher:
         if name is None or flight.generated:
             return None
         try:
-            flight.known, flight.rank = self._catalog.known(name), self._catalog.rank(name)
+            known = self._catalog.hold(name)
         except AdapterNotFoundError as error:
-            return error
-        flight.adapter = self._number_of(flight.known.key)
+            return None if flight.placed else error  # what has begun goes on with what it has
+        self._drop(flight)
+        flight.known = flight.held = known
+        flight.rank = known.rank
+        flight.adapter = self._number_of(known.key)
         return None
+
+    def _drop(self, flight: Flight) -> None:
+        """A sequence needs its adapter no more."""
+        held, flight.held = flight.held, None
+        if held is not None:
+            self._catalog.release(held)
 
     def _hear(self, replica: LiveReplica, news: News) -> None:
         replica.hear(news)
@@ -630,6 +639,7 @@ class Dispatcher:
         """A sequence has ended, and is nowhere any more."""
         flight.over = True
         self._count(flight, None)
+        self._drop(flight)
         flights = self._flights.get(flight.handle.id, [])
         if all(one.counted is None for one in flights):
             self._flights.pop(flight.handle.id, None)
@@ -772,6 +782,8 @@ class Dispatcher:
         replica.resident_keys = keys
 
     def _changed(self, change: Change) -> None:
+        if change.gone is not None and self._catalog.is_needed(change.gone):  # it came again meanwhile
+            return
         for replica in self._replicas.values():
             self._spawn(self._tell(replica, change))
 

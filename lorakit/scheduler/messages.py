@@ -36,6 +36,11 @@ class Known(NamedTuple):
     invocation: tuple[int, ...] | None
     pinned: bool = False
 
+    @property
+    def rank(self) -> int:
+        """The largest of its modules'."""
+        return self.layout.ranks[-1]
+
 
 class Given(NamedTuple):
     """A sequence that a replica is given.

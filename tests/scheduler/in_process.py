@@ -9,15 +9,15 @@ from functools import partial
 from typing import Any
 
 import numpy
-import torch
 from tiny_engines import text
 
-from lorakit import AdapterBank, Engine, MultiLoraModel
+from lorakit import Engine, MultiLoraModel
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.stats import EngineStats
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.links import Choose
 from lorakit.scheduler.messages import Given, Hello, Known, News
+from lorakit.scheduler.shelf import Shelf
 from lorakit.scheduler.worker import Worker
 
 
@@ -79,7 +79,7 @@ class InProcess:
 
     def __init__(self, model: Callable[[], MultiLoraModel], catalog: Catalog, config: EngineConfig) -> None:
         self._make = model
-        self._catalog = catalog
+        self._shelf = Shelf(catalog.folders)
         self._config = config
         self._names = (f"replica-{number}" for number in itertools.count())
         self.links: dict[str, InProcessLink] = {}
@@ -97,15 +97,7 @@ class InProcess:
         """An adapter's bytes, as the object store would have them."""
         if self.broken(replica, key):
             raise OSError("the disk is broken")
-        for folder in self._catalog.folders:
-            if (folder / "bank.json").is_file():
-                bank = AdapterBank.open(folder)
-                for entry in bank.values():
-                    if entry.blake3 == key:
-                        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-                        bank.read_into(entry, buffer)
-                        return buffer.numpy()
-        raise KeyError(key)
+        return self._shelf.read(key)
 
     async def open(self, count: int) -> None:
         await self.scale(count)

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from architectures import ARCHITECTURES, METHODS, adapt
 from clusters import ADAPTERS, long, spread, submitted, wait_until
 from in_process import InProcess
 from served import SMALL, Asked, alone, config, double, family, requests
@@ -77,8 +78,15 @@ def at_rest(cluster, links):
     wait_until(lambda: not cluster._tenants.waiting and not cluster._tenants._running)
     wait_until(lambda: all(not replica.working_set for replica in cluster._dispatcher._replicas.values()))
     assert not any(cluster._dispatcher._fleet.sizes[1:])
+    assert not cluster.model._held and not cluster.model._leaving
     for link in links.serving:
         assert not link.worker.engine.stats().open
+
+
+def slowly(links):
+    """Has forwards take long enough for something to happen meanwhile."""
+    for link in links.serving:
+        link.worker.engine.model.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
 
 
 def cache_of(blocks):
@@ -434,6 +442,55 @@ def test_adapters_come_change_and_go_under_load(started, bank, model, tmp_path):
     cluster.model.load_adapter("lora")
     assert cluster.submit(prompt, "lora", max_new_tokens=8).result(30).token_ids == own["lora"]
     assert AdapterBank.open(bank.path).names == bank.names
+    at_rest(cluster, links)
+
+
+@pytest.mark.parametrize("end", ["unload", "replace"])
+@pytest.mark.parametrize("how", ["dies", "moves"])
+def test_what_has_begun_keeps_its_adapter_wherever_it_goes(started, how, end):
+    base, tenants = family()
+    new = adapt(base, 77, **METHODS["lora"](ARCHITECTURES["llama"]))  # the bank has none of this content
+    by_itself = MultiLoraModel(double())
+    by_itself.load_adapter("new", new)
+    expected = alone(by_itself, Asked((11, 12, 13), "new", 60))
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    cluster.model.load_adapter("new", new)
+    slowly(links)
+    handles = submitted(cluster, [Asked((11, 12, 13), "new", 60)] * 3)
+    wait_until(lambda: all(handle.generated for handle in handles))
+    if end == "unload":
+        cluster.model.unload_adapter("new")
+        with pytest.raises(AdapterNotFoundError):
+            cluster.submit((11, 12, 13), "new")
+    else:
+        cluster.model.load_adapter("new", tenants["rslora"], replace=True)
+    here = handles[0].parts[0].replica
+    (there,) = cluster._dispatcher._replicas.keys() - {here}
+    if how == "dies":
+        links.links[cluster._dispatcher._replicas[here].name].killed = True
+    else:
+        for handle in handles:
+            cluster._dispatcher._call(cluster._dispatcher._move, handle.parts[0], there)
+    assert [handle.result(60).token_ids for handle in handles] == [expected] * 3
+    assert any(handle.parts[0].moves + handle.parts[0].deaths for handle in handles), "nothing moved"
+    key = handles[0].parts[0].known.name
+    wait_until(lambda: not any(key in link.worker.engine.model.adapters for link in links.serving))
+    wait_until(lambda: not any(key in replica.knows for replica in cluster._dispatcher.replicas))
+    wait_until(lambda: len(list(cluster.model.folders[1].glob("*/bank.json"))) == (end == "replace"))
+    at_rest(cluster, links)
+
+
+def test_what_waits_gets_the_adapter_that_there_is_by_then(started, model):
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
+    _, tenants = family()
+    cluster.model.load_adapter("new", tenants["lora"])
+    busy = submitted(cluster, long(cluster._dispatcher._limits.batch))
+    waits = [cluster.submit((11, 12, 13), "new", max_new_tokens=8) for _ in range(2)]
+    cluster.model.load_adapter("new", tenants["rslora"], replace=True)
+    expected = alone(model, Asked((11, 12, 13), "rslora", 8))
+    assert [handle.result(60).token_ids for handle in waits] == [expected] * 2
+    assert all(handle.wait(60) for handle in busy)
     at_rest(cluster, links)
 
 
