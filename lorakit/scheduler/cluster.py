@@ -26,7 +26,7 @@ from lorakit.engine.request import Request
 from lorakit.engine.stats import EngineState, EngineStats, Ledger, Tier
 from lorakit.engine.stopping import Decode
 from lorakit.engine.tenants import TenantPolicy, Tenants
-from lorakit.errors import ConfigError, EngineBusyError, EngineStoppedError, RequestError
+from lorakit.errors import ConfigError, EngineBusyError, EngineStoppedError, RequestError, SupersededError
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.config import ClusterConfig
 from lorakit.scheduler.dispatcher import Dispatcher
@@ -92,7 +92,9 @@ class Cluster:
 
     @property
     def state(self) -> EngineState:
-        """Whether it serves: "ready"; "restarting" while no replica is there."""
+        """Whether it serves: "ready"; "restarting" while no replica is there; "dead" when another server leads."""
+        if self._state == "ready" and self._dispatcher.superseded is not None:
+            return "dead"
         if self._state == "ready" and not self._dispatcher.replicas:
             return "restarting"
         return self._state
@@ -201,6 +203,8 @@ class Cluster:
         )
 
     def _check_running(self) -> None:
+        if self._state == "ready" and self._dispatcher.superseded is not None:
+            raise SupersededError(*self._dispatcher.superseded.args)
         if self._state != "ready":
             remedy = "call start(), or use it in a with block" if self._state == "new" else "make a new one"
             raise EngineStoppedError(f"the cluster does not run; {remedy}.")

@@ -33,6 +33,7 @@ from lorakit.errors import (
     EngineError,
     EngineStoppedError,
     RequestError,
+    SupersededError,
 )
 from lorakit.scheduler.catalog import Catalog, Change
 from lorakit.scheduler.config import ClusterConfig
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 _LOOK = 0.5  # seconds between two looks at which replicas there are
 _MEET_AGAIN = 2.0  # seconds after which a replica that could not be met is met again
 _SEND_AGAIN = 0.2  # seconds after which a sequence that did not reach its replica is sent again
+_NOT_HERE = (asyncio.CancelledError, SupersededError)  # what ends a task, and is not the replica's
 _NO_LIMIT = Limits(batch=1, blocks=1, block_tokens=1)
 
 
@@ -61,6 +63,7 @@ class Dispatcher:
         policy: which replica, and how many.
         capacity: the most tokens that one sequence may have; 0 until a replica has come.
         totals: what all replicas have counted.
+        superseded: the error, once another server has taken over the replicas; from then on nothing is done any more.
     """
 
     def __init__(self, links: Links, catalog: Catalog, policy: Policy, config: ClusterConfig, tenants: Tenants) -> None:
@@ -76,6 +79,7 @@ class Dispatcher:
         self.policy = policy
         self.capacity = 0
         self.totals = Totals()
+        self.superseded: SupersededError | None = None
         self._links = links
         self._catalog = catalog
         self._config = config
@@ -109,6 +113,7 @@ class Dispatcher:
         Raises:
             EngineError: no replica could begin, or came in time.
             EngineBusyError: another server uses the replicas.
+            SupersededError: another server took them over meanwhile.
         """
         self._thread.start()
         self._catalog.follow(lambda change: self._call(self._changed, change))
@@ -171,14 +176,19 @@ class Dispatcher:
 
     def _spawned(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("the cluster's loop failed in a part", exc_info=task.exception())
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, SupersededError):
+            self._step_down(error)
+        elif error is not None:
+            _log.error("the cluster's loop failed in a part", exc_info=error)
 
     def _begin(self) -> None:
         self._spawn(self._open())
 
     async def _open(self) -> None:
         try:
+            await self._links.lead()
+            self._spawn(self._lead())
             await self._links.open(self._target)
         except BaseException as error:  # noqa: BLE001 - told to whoever starts it
             self._fail_start(error)
@@ -190,12 +200,41 @@ class Dispatcher:
         if not self._first.done():
             self._first.set_exception(error)
 
-    async def _end(self) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*map(self._let_go, self._replicas.values())), 5.0)
+    async def _lead(self) -> None:
+        """Says that this server leads, as long as it does."""
+        while True:
+            await asyncio.sleep(self._config.beat)
+            try:
+                await asyncio.wait_for(self._links.lead(), self._config.silence)
+            except _NOT_HERE:
+                raise
+            except Exception as error:  # noqa: BLE001 - it may be starting anew
+                _log.warning("nobody hears that this server leads the replicas: %s", error)
+
+    def _step_down(self, error: SupersededError) -> None:
+        """Another server has taken over the replicas: what is left here is to say so."""
+        if self.superseded is not None:
+            return
+        _log.error("%s", error)
+        self.superseded = error
+        self._cancel_tasks()
+        self._fail_start(error)
+        for flights in list(self._flights.values()):
+            flights[0].handle.fail(error)
+            for flight in flights:
+                self._close(flight)
+        for replica in list(self._replicas.values()):
+            self._forget(replica)
+
+    def _cancel_tasks(self) -> None:
         for task in list(self._tasks):
             if task is not asyncio.current_task():
                 task.cancel()
+
+    async def _end(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*map(self._let_go, self._replicas.values())), 5.0)
+        self._cancel_tasks()
         await self._links.close()
 
     # ---- replicas come and go
@@ -204,7 +243,7 @@ class Dispatcher:
         while True:
             try:
                 await asyncio.wait_for(self._links.ids(self._see), 10 * _LOOK)
-            except asyncio.CancelledError:
+            except _NOT_HERE:
                 raise
             except Exception as error:  # noqa: BLE001 - there may be none for a while
                 _log.debug("nobody tells which replicas there are: %s", error)
@@ -215,6 +254,8 @@ class Dispatcher:
         self._call(self._sync, ids)
 
     def _sync(self, ids: frozenset[str]) -> None:
+        if self.superseded is not None:
+            return
         for name in ids - self._numbers.keys() - self._meeting - self._lost:
             self._meeting.add(name)
             self._spawn(self._meet(name))
@@ -228,12 +269,10 @@ class Dispatcher:
             pinned = [self._catalog.known(one) for one in self._catalog.pinned]
             if pinned:
                 await link.know(pinned)
-        except asyncio.CancelledError:
+        except _NOT_HERE:
             raise
         except Exception as error:  # noqa: BLE001 - it may be on its way out
             _log.warning("replica %s cannot be reached: %s", name, error)
-            if isinstance(error, EngineBusyError):
-                self._fail_start(error)
             await asyncio.sleep(_MEET_AGAIN)
             self._meeting.discard(name)
             return
@@ -270,7 +309,7 @@ class Dispatcher:
             async for news in replica.link.news():
                 self._hear(replica, news)
             reason, kill = "it has not heard of this server for too long", False
-        except asyncio.CancelledError:
+        except _NOT_HERE:
             raise
         except EngineError as error:  # it lives, and tells why it says no more
             reason, kill = str(error), False
@@ -353,6 +392,11 @@ class Dispatcher:
 
     def _arrive(self, handle: RequestHandle, flights: list[Flight]) -> None:
         self._flights[handle.id] = flights
+        if self.superseded is not None:
+            handle.fail(self.superseded)
+            for flight in flights:
+                self._close(flight)
+            return
         if handle.request.deadline is not None:
             left = handle.submitted + handle.request.deadline - time.monotonic()
             self._timers[handle.id] = self._loop.call_later(max(0.0, left), self._overdue, handle)
@@ -407,7 +451,7 @@ class Dispatcher:
         try:
             await self._introduce(flight)
             sent = await self._links.give(given, partial(self._choose, flight, ticket))
-        except asyncio.CancelledError:
+        except _NOT_HERE:
             raise
         except Exception as error:  # noqa: BLE001 - the replica may have died, or never got it
             await asyncio.sleep(_SEND_AGAIN)
@@ -761,6 +805,8 @@ class Dispatcher:
                 try:
                     await self._links.scale(target)
                     told = target
+                except _NOT_HERE:
+                    raise
                 except Exception as error:  # noqa: BLE001 - it may be starting anew
                     _log.warning("replicas cannot be asked for: %s", error)
                     await asyncio.sleep(_LOOK)

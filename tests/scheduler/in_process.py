@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,11 @@ from tiny_engines import text
 from lorakit import Engine, MultiLoraModel
 from lorakit.engine.config import EngineConfig
 from lorakit.engine.stats import EngineStats
+from lorakit.errors import SupersededError
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.links import Choose
 from lorakit.scheduler.messages import Given, Hello, Known, News
+from lorakit.scheduler.seat import Seat
 from lorakit.scheduler.shelf import Shelf
 from lorakit.scheduler.worker import Worker
 
@@ -25,7 +28,7 @@ class Dead(Exception):
     """The replica does not answer any more."""
 
 
-class InProcessLink:
+class InProcessReplica:
     """One replica. It may be killed, and it may hang."""
 
     def __init__(self, name: str, worker: Worker) -> None:
@@ -35,62 +38,91 @@ class InProcessLink:
         self.hangs = False
         self.gone = False
 
-    async def _here(self, call: Callable[..., Any], *args: Any) -> Any:
+    async def do(self, call: Callable[..., Any], *args: Any) -> Any:
         while self.hangs and not self.killed:
             await asyncio.sleep(0.01)
         if self.killed:
             raise Dead(self.name)
         return await asyncio.to_thread(call, *args)
 
+
+class InProcessLink:
+    """One replica, as the server of a term reaches it."""
+
+    def __init__(self, replica: InProcessReplica, seat: Seat, term: int) -> None:
+        self._replica = replica
+        self._worker = replica.worker
+        self._seat = seat
+        self._term = term
+
     async def know(self, adapters: Sequence[Known]) -> None:
-        await self._here(self.worker.know, adapters)
+        await self._replica.do(self._worker.know, self._term, adapters)
 
     async def forget(self, names: Sequence[str]) -> None:
-        await self._here(self.worker.forget, names)
+        await self._replica.do(self._worker.forget, self._term, names)
 
     async def unpin(self, name: str) -> None:
-        await self._here(self.worker.unpin, name)
+        await self._replica.do(self._worker.unpin, self._term, name)
 
     async def cancel(self, tickets: Collection[int]) -> None:
-        await self._here(self.worker.cancel, tickets)
+        await self._replica.do(self._worker.cancel, self._term, tickets)
 
     async def beat(self) -> EngineStats:
-        await self._here(self.worker.beat, "test")
-        return await self._here(self.worker.stats)
+        await self._replica.do(self._worker.beat, self._term)
+        return await self._replica.do(self._worker.stats)
 
     async def news(self) -> AsyncIterator[News]:
-        async for news in self.worker.news("test"):
-            while self.hangs and not self.killed:
+        async for news in self._worker.news(self._term):
+            while self._replica.hangs and not self._replica.killed:
                 await asyncio.sleep(0.01)
-            if self.killed:
-                raise Dead(self.name)
+            if self._replica.killed:
+                raise Dead(self._replica.name)
             yield news
 
     async def let_go(self) -> None:
-        self.gone = True
-        await asyncio.to_thread(self.worker.engine.close)
+        self._worker.check(self._term)
+        self._replica.gone = True
+        await asyncio.to_thread(self._worker.engine.close)
 
     def kill(self) -> None:
-        self.killed = True
+        with suppress(SupersededError):
+            self._seat.check(self._term)
+            self._replica.killed = True
 
 
 class InProcess:
-    """All replicas: engines of one tiny model each."""
+    """All replicas: engines of one tiny model each. Another server may take them over, by `beside`."""
 
-    def __init__(self, model: Callable[[], MultiLoraModel], catalog: Catalog, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: Callable[[], MultiLoraModel],
+        catalog: Catalog,
+        config: EngineConfig,
+        beside: InProcess | None = None,
+        lease: float = 60.0,
+    ) -> None:
         self._make = model
         self._shelf = Shelf(catalog.folders)
         self._config = config
-        self._names = (f"replica-{number}" for number in itertools.count())
-        self.links: dict[str, InProcessLink] = {}
-        self.ended: list[InProcessLink] = []
-        self.counts: list[int] = []
+        self._lease = lease
+        self._names = (f"replica-{number}" for number in itertools.count()) if beside is None else beside._names
+        self._seat = Seat(lease) if beside is None else beside._seat
+        self._term: int | None = None
+        self.links: dict[str, InProcessReplica] = {} if beside is None else beside.links
+        self.ended: list[InProcessReplica] = [] if beside is None else beside.ended
+        self.counts: list[int] = [] if beside is None else beside.counts
+        self.away = False
         self.broken: Callable[[str, str], bool] = lambda replica, key: False
         self.first_to_go = ""
         self._scaling = asyncio.Lock()
 
     @property
-    def serving(self) -> list[InProcessLink]:
+    def _leading(self) -> int:
+        assert self._term is not None
+        return self._term
+
+    @property
+    def serving(self) -> list[InProcessReplica]:
         return [link for link in self.links.values() if not link.killed]
 
     def fetch(self, replica: str, key: str) -> numpy.ndarray:
@@ -99,10 +131,17 @@ class InProcess:
             raise OSError("the disk is broken")
         return self._shelf.read(key)
 
+    async def lead(self) -> None:
+        if self._term is None:
+            self._term = self._seat.take()
+        elif not self.away:
+            self._seat.check(self._term)
+
     async def open(self, count: int) -> None:
         await self.scale(count)
 
     async def scale(self, count: int) -> None:
+        self._seat.check(self._leading)
         self.counts.append(count)
         async with self._scaling:
             await self._have_as_many()
@@ -114,7 +153,8 @@ class InProcess:
         while len(self.serving) < self.counts[-1]:
             name = next(self._names)
             engine = await asyncio.to_thread(lambda: Engine(self._make(), self._config, decode=text).start())
-            self.links[name] = InProcessLink(name, Worker(engine, partial(self.fetch, name), lease=60.0))
+            worker = Worker(engine, partial(self.fetch, name), lease=self._lease)
+            self.links[name] = InProcessReplica(name, worker)
 
     async def ids(self, seen: Callable[[frozenset[str]], None]) -> None:
         # One that died is replaced, as by Ray Serve.
@@ -126,18 +166,22 @@ class InProcess:
         seen(frozenset(self.links))
 
     async def meet(self, id: str) -> tuple[InProcessLink, Hello]:
-        link = self.links[id]
-        return link, await asyncio.to_thread(link.worker.hello, "test")
+        replica = self.links[id]
+        hello = await replica.do(replica.worker.hello, self._leading)
+        return InProcessLink(replica, self._seat, self._leading), hello
 
     async def give(self, given: Given, choose: Choose) -> bool:
         chosen = await choose(frozenset(self.links))
         if chosen is None:
             return False
-        link = self.links[chosen]
-        await link._here(link.worker.take, "test", given)
+        replica = self.links[chosen]
+        await replica.do(replica.worker.take, self._leading, given)
         return True
 
     async def close(self) -> None:
-        for link in (*self.links.values(), *self.ended):
-            link.killed = True
-            await asyncio.to_thread(link.worker.engine.close)
+        if self._term is None:
+            return
+        self._seat.leave(self._term)
+        for replica in (*self.links.values(), *self.ended):
+            replica.killed = True
+            await asyncio.to_thread(replica.worker.engine.close)

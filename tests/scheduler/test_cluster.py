@@ -23,6 +23,7 @@ from lorakit.errors import (
     EngineError,
     EngineStoppedError,
     RequestError,
+    SupersededError,
 )
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.cluster import Cluster
@@ -48,9 +49,10 @@ def started(bank, tmp_path, request):
     """Starts clusters; what they leave behind is looked at in the end."""
     clusters = []
 
-    def start(policy=QUICK, engine=SMALL, **settings):
+    def start(policy=QUICK, engine=SMALL, beside=None, lease=60.0, prepare=lambda links: None, **settings):
         catalog = Catalog(bank, family()[0])
-        links = InProcess(lambda: MultiLoraModel(double()), catalog, engine)
+        links = InProcess(lambda: MultiLoraModel(double()), catalog, engine, beside, lease)
+        prepare(links)
         options = {"beat": 0.1, "silence": 5.0, "start_timeout": 60.0} | settings
         base = double()
         cluster = Cluster(
@@ -62,8 +64,8 @@ def started(bank, tmp_path, request):
             generation_config=base.generation_config,
             decode=text,
         )
-        cluster.start()
         clusters.append((cluster, links))
+        cluster.start()
         return cluster, links
 
     yield start
@@ -385,6 +387,75 @@ def test_stops_logprobs_and_several_sequences(started, model):
                     [top.id for top in place] for place in one[0].top_logprobs
                 ]
             assert all(each.queued is not None and each.times == tuple(sorted(each.times)) for each in many)
+    at_rest(cluster, links)
+
+
+def test_a_second_server_is_refused_and_touches_nothing(started):
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
+    with pytest.raises(EngineBusyError, match="another server"):
+        started(Policy(least=1, most=1, consolidate_every=None), beside=links)
+    assert links.serving and not links.ended
+    assert len(cluster.submit([11, 12, 13], max_new_tokens=3).result(30).token_ids) == 3
+    at_rest(cluster, links)
+
+
+def test_a_server_that_was_away_while_another_took_over_stops_and_touches_nothing(started, model):
+    asked = long(4)
+    expected = [alone(model, one) for one in asked]
+    first, old = started(Policy(least=2, most=2, consolidate_every=None), lease=0.5)
+    wait_until(lambda: first.stats().replicas == 2)
+    cut = submitted(first, [Asked((11, 12, 13), "lora", 60)] * 2)
+    awake = threading.Event()
+    first._dispatcher._call(awake.wait)  # its loop stands still, as of a process that was stopped
+    time.sleep(1.0)
+    second, links = started(Policy(least=2, most=2, consolidate_every=None), beside=old)
+    wait_until(lambda: second.stats().replicas == 2)
+    handles = submitted(second, asked)
+    there = list(links.serving)
+    told = list(links.counts)
+
+    def scale():  # all that it would have done by what it knows
+        dispatcher = first._dispatcher
+        dispatcher._scale(1)
+        for replica in dispatcher._replicas.values():
+            replica.link.kill()
+            dispatcher._spawn(replica.link.let_go())
+            dispatcher._spawn(replica.link.cancel(range(100)))
+            dispatcher._spawn(replica.link.forget(replica.link._worker.engine.model.adapters))
+
+    first._dispatcher._call(scale)
+    first._dispatcher.policy = Policy(least=1, most=2, consolidate_every=None)
+    awake.set()
+    for handle in cut:
+        with pytest.raises(SupersededError, match="taken over"):
+            handle.result(30)
+    assert first.state == "dead"
+    with pytest.raises(SupersededError, match="taken over"):
+        first.submit([11, 12, 13])
+    first.close()
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert links.serving == there and links.counts == told and not links.ended
+    assert not any(handle.parts[0].deaths + handle.parts[0].moves for handle in handles)
+    at_rest(second, links)
+
+
+def test_a_replica_whose_engine_begins_anew_is_met_later(started, monkeypatch):
+    """It says that it is busy, which is not what a second server is told."""
+    from lorakit.scheduler import dispatcher
+    from lorakit.scheduler.worker import Worker
+
+    monkeypatch.setattr(dispatcher, "_MEET_AGAIN", 0.1)
+    hello, met = Worker.hello, []
+
+    def hello_in_between(worker, term):
+        met.append(term)
+        worker.engine._state = "restarting" if len(met) < 3 else "ready"
+        return hello(worker, term)
+
+    monkeypatch.setattr(Worker, "hello", hello_in_between)
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
+    assert len(met) == 3
+    assert len(cluster.submit([11, 12, 13], max_new_tokens=3).result(30).token_ids) == 3
     at_rest(cluster, links)
 
 
