@@ -101,7 +101,7 @@ class Cluster:
 
     @property
     def capacity(self) -> int:
-        """The most tokens that one sequence may have, its prompt included."""
+        """The most tokens that one sequence may have, its prompt included, on the largest replica."""
         self._check_running()
         return self._dispatcher.capacity
 
@@ -185,8 +185,8 @@ class Cluster:
         """What all replicas are doing, as they told last."""
         replicas = self._dispatcher.replicas
         told, totals = [replica.stats for replica in replicas], self._dispatcher.totals
-        free = sum(max(0, replica.told) for replica in replicas)
-        blocks = sum(replica.limits.blocks for replica in replicas)
+        free = sum(max(0, replica.told) * replica.limits.block_tokens for replica in replicas)
+        tokens = sum(replica.limits.blocks * replica.limits.block_tokens for replica in replicas)
         return EngineStats(
             state=self.state,
             open=len(self._requests),
@@ -195,7 +195,7 @@ class Cluster:
             device=_sum_of_tiers(one.device for one in told),
             host=_sum_of_tiers(one.host for one in told),
             loads=totals.loads,
-            cache_free=min(1.0, free / blocks) if blocks else 1.0,
+            cache_free=min(1.0, free / tokens) if tokens else 1.0,
             steps=totals.steps,
             segments=totals.segments,
             tenants=self._requests.tenants(),

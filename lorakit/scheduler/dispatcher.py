@@ -61,7 +61,7 @@ class Dispatcher:
 
     Attributes:
         policy: which replica, and how many.
-        capacity: the most tokens that one sequence may have; 0 until a replica has come.
+        capacity: the most tokens that one sequence may have on any replica that has come; 0 before.
         totals: what all replicas have counted.
         superseded: the error, once another server has taken over the replicas; from then on nothing is done any more.
     """
@@ -91,6 +91,7 @@ class Dispatcher:
         self._limits = _NO_LIMIT
         self._fleet = Fleet(1)
         self._queue: FairFcfs[Flight] = self._new_queue()
+        self._aside: list[Flight] = []  # too long for the replicas that are there
         self._replicas: dict[int, LiveReplica] = {}
         self._numbers: dict[str, int] = {}  # those of replicas, by the names that the links have for them
         self._meeting: set[str] = set()
@@ -226,15 +227,17 @@ class Dispatcher:
         for replica in list(self._replicas.values()):
             self._forget(replica)
 
-    def _cancel_tasks(self) -> None:
-        for task in list(self._tasks):
-            if task is not asyncio.current_task():
-                task.cancel()
+    def _cancel_tasks(self) -> list[asyncio.Task[Any]]:
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        return tasks
 
     async def _end(self) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*map(self._let_go, self._replicas.values())), 5.0)
-        self._cancel_tasks()
+        if tasks := self._cancel_tasks():
+            await asyncio.wait(tasks, timeout=1.0)
         await self._links.close()
 
     # ---- replicas come and go
@@ -289,13 +292,14 @@ class Dispatcher:
         if not self._first.done():
             self._first.set_result(None)
             self._spawn(self._tell_target())  # those that a server before this one has left may be others
+        aside, self._aside = self._aside, []
+        for flight in aside:
+            self._queue.add(flight)
         self._admit()
 
     def _settle(self, hello: Hello) -> None:
-        """Takes over what the first replica holds; all are alike."""
-        if self._limits is _NO_LIMIT:
-            self._limits, self.capacity = hello.limits, hello.capacity
-            self._fleet = Fleet(hello.limits.batch)
+        """Learns what replicas hold. They may be unlike; the next one is taken to be like the last."""
+        self._limits, self.capacity = hello.limits, max(self.capacity, hello.capacity)
 
     def _free_number(self) -> int:
         """The highest below all others: ties go to the highest, so the youngest empty first, and go first."""
@@ -418,8 +422,14 @@ class Dispatcher:
                     break
                 error: BaseException | None = self._renew(flight)
                 among = self._among(flight)
-                if error is None and flight.error is not None and len(self._fleet) and not self._fleet.everyone & among:
+                nowhere = len(self._fleet) and not self._fleet.everyone & among
+                if nowhere and error is None:
                     error = flight.error  # all that there are could not serve it
+                if nowhere and error is None:
+                    self._queue.take(flight)
+                    self._set_aside(flight)
+                    again = True
+                    break
                 if error is not None:
                     self._queue.take(flight)
                     self._fail(flight, error)
@@ -434,8 +444,32 @@ class Dispatcher:
                     break
 
     def _among(self, flight: Flight) -> int:
-        """The set of replicas that may serve a sequence."""
-        return ~sum(1 << self._numbers[name] for name in flight.avoid if name in self._numbers)
+        """The set of replicas that may serve a sequence: they are large enough, and have not failed to."""
+        return ~sum(
+            1 << replica.id
+            for replica in self._replicas.values()
+            if replica.capacity < flight.cost or replica.name in flight.avoid
+        )
+
+    def _set_aside(self, flight: Flight) -> None:
+        """A sequence is too long for the replicas that are there: others pass it, until another replica comes."""
+        if not flight.placed:
+            self._queue.refund(flight, flight.cost)
+        self._aside.append(flight)
+
+    def _fail_aside(self) -> None:
+        """All replicas have come that were asked for, and some sequences are too long for each of them."""
+        aside, self._aside = self._aside, []
+        for flight in aside:
+            longest = max((replica.capacity for replica in self._replicas.values()), default=0)
+            self._fail(
+                flight,
+                EngineError(
+                    f"the request may have {flight.cost} tokens, and the replicas that are there by now hold "
+                    f"{longest}; try it again when there are larger ones, or shorten it."
+                ),
+            )
+            self._close(flight)
 
     def _give(self, flight: Flight, number: int) -> None:
         flight.replica, flight.ticket, flight.given = number, next(self._tickets), time.monotonic()
@@ -665,6 +699,9 @@ class Dispatcher:
                 self._leave(flight)
             elif self._queue.remove(flight):
                 self._close(flight)
+            elif flight in self._aside:
+                self._aside.remove(flight)
+                self._close(flight)
         self._admit()
 
     def _overdue(self, handle: RequestHandle) -> None:
@@ -750,6 +787,8 @@ class Dispatcher:
             self._consolidated = now
             self._consolidate()
         self._admit()
+        if self._aside and self._target <= len(self._fleet):
+            self._fail_aside()
         self._ask()
         self._release(now)
         if len(self._queue) or self._target <= len(self._fleet):
@@ -760,7 +799,7 @@ class Dispatcher:
     def _consolidate(self) -> None:
         for move in consolidate(self._fleet, self._starting, self._limits, self.policy):
             assert isinstance(move.request, Flight)
-            if self._replicas[move.target].name not in move.request.avoid:
+            if 1 << move.target & self._among(move.request):
                 self._move(move.request, move.target)
 
     @property

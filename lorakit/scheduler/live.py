@@ -20,6 +20,7 @@ class LiveReplica:
         name: what its carrier calls it.
         link: how it is reached.
         limits: what it holds.
+        capacity: the most tokens that one sequence may have there.
         flights: ticket → sequence that it has, those among them that are leaving.
         knows: names of adapters that it was told.
         told: free blocks of its cache, as it said last.
@@ -37,6 +38,7 @@ class LiveReplica:
         self.name = name
         self.link = link
         self.limits: Limits = hello.limits
+        self.capacity = hello.capacity
         self.flights: dict[int, Flight] = {}
         self.knows: set[str] = set()
         self.told = hello.limits.blocks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -103,7 +103,7 @@ class InProcess:
     ) -> None:
         self._make = model
         self._shelf = Shelf(catalog.folders)
-        self._config = config
+        self.config_of = lambda name: config
         self._lease = lease
         self._names = (f"replica-{number}" for number in itertools.count()) if beside is None else beside._names
         self._seat = Seat(lease) if beside is None else beside._seat
@@ -114,6 +114,8 @@ class InProcess:
         self.away = False
         self.broken: Callable[[str, str], bool] = lambda replica, key: False
         self.first_to_go = ""
+        self.room = 100  # replicas that there are machines for
+        self.lost_scales: list[Callable[[], Awaitable[None]]] = []
         self._scaling = asyncio.Lock()
 
     @property
@@ -142,7 +144,12 @@ class InProcess:
 
     async def scale(self, count: int) -> None:
         self._seat.check(self._leading)
+        if self.lost_scales:
+            await self.lost_scales.pop()()
         self.counts.append(count)
+        await asyncio.shield(asyncio.ensure_future(self._scale()))  # what was begun is not left half done
+
+    async def _scale(self) -> None:
         async with self._scaling:
             await self._have_as_many()
 
@@ -150,19 +157,21 @@ class InProcess:
         while len(self.serving) > self.counts[-1]:  # the newest goes first, as with Ray Serve
             name = self.first_to_go if self.first_to_go in self.links else self.serving[-1].name
             self.ended.append(self.links.pop(name))
-        while len(self.serving) < self.counts[-1]:
+        while len(self.serving) < min(self.counts[-1], self.room):
             name = next(self._names)
-            engine = await asyncio.to_thread(lambda: Engine(self._make(), self._config, decode=text).start())
+            engine = await asyncio.to_thread(self._engine_of, name)
             worker = Worker(engine, partial(self.fetch, name), lease=self._lease)
             self.links[name] = InProcessReplica(name, worker)
+
+    def _engine_of(self, name: str) -> Engine:
+        return Engine(self._make(), self.config_of(name), decode=text).start()
 
     async def ids(self, seen: Callable[[frozenset[str]], None]) -> None:
         # One that died is replaced, as by Ray Serve.
         for name in [name for name, link in self.links.items() if link.killed]:
             self.ended.append(self.links.pop(name))
         if not self._scaling.locked():
-            async with self._scaling:
-                await self._have_as_many()
+            await self._scale()
         seen(frozenset(self.links))
 
     async def meet(self, id: str) -> tuple[InProcessLink, Hello]:

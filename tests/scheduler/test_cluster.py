@@ -229,6 +229,69 @@ def test_the_longest_request_that_is_taken_is_served(started):
     at_rest(cluster, links)
 
 
+def unlike(**configs):
+    """Has replicas be set up by their names, as on GPUs of several kinds."""
+
+    def prepare(links):
+        alike = links.config_of
+        links.config_of = lambda name: configs.get(name.replace("-", "_")) or alike(name)
+
+    return prepare
+
+
+def room_of(replica):
+    """The most tokens that one sequence may have there."""
+    return (replica.limits.blocks - 1) * replica.limits.block_tokens
+
+
+@pytest.mark.parametrize("small", ["replica_0", "replica_1"])
+def test_of_unlike_replicas_each_gets_what_it_holds(started, small):
+    few = config(cache_memory=cache_of(10), max_requests=2)
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=0.1, spare=0), prepare=unlike(**{small: few}))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    (little, large) = sorted(cluster._dispatcher.replicas, key=room_of)
+    assert little.name == small.replace("_", "-") and room_of(large) > room_of(little)
+    most = {little.id: 0, large.id: 0}
+
+    def look():
+        for replica in (little, large):
+            most[replica.id] = max(most[replica.id], replica.working_set)
+
+    hear = cluster._dispatcher._hear
+
+    def hear_and_look(*args):
+        hear(*args)
+        look()
+
+    cluster._dispatcher._hear = hear_and_look
+    long_ones = [cluster.submit([11] * room_of(little), max_new_tokens=8, ignore_eos=True) for _ in range(8)]
+    short_ones = [cluster.submit([11, 12], max_new_tokens=20, ignore_eos=True) for _ in range(8)]
+    assert [len(handle.result(60).token_ids) for handle in long_ones] == [8] * 8
+    assert [len(handle.result(60).token_ids) for handle in short_ones] == [20] * 8
+    assert 1 <= most[little.id] <= 2 < most[large.id] <= 6
+    at_rest(cluster, links)
+
+
+def test_what_is_too_long_for_the_replicas_that_are_left_holds_nobody_up(started):
+    few, more = config(cache_memory=cache_of(10)), config(cache_memory=cache_of(15))
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None), more, prepare=unlike(replica_0=few))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    with pytest.raises(RequestError, match=f"holds {cluster.capacity}"):
+        cluster.submit([11] * cluster.capacity, max_new_tokens=1)
+    little = min(map(room_of, cluster._dispatcher.replicas))
+    links.config_of = lambda name: few  # what comes in the place of the large one
+    (large,) = (link for link in links.serving if link.name == "replica-1")
+    slowly(links)
+    begun = cluster.submit([11, 12, 13], max_new_tokens=little, ignore_eos=True)
+    wait_until(lambda: begun.generated)
+    large.killed = True
+    wait_until(lambda: not begun.parts[0].begun)
+    assert len(cluster.submit([11, 12], max_new_tokens=3, ignore_eos=True).result(30).token_ids) == 3
+    with pytest.raises(EngineError, match=f"may have {little + 3} tokens, .* hold {little}"):
+        begun.result(30)
+    at_rest(cluster, links)
+
+
 def test_a_request_that_does_not_arrive_is_sent_again(started, monkeypatch):
     cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
     give, fails = links.give, iter([True, False])
