@@ -842,7 +842,7 @@ class Dispatcher:
             while told != self._target:
                 target = self._target
                 try:
-                    await self._links.scale(target)
+                    await asyncio.wait_for(self._links.scale(target), self._config.silence)
                     told = target
                 except _NOT_HERE:
                     raise

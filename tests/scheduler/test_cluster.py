@@ -1,5 +1,6 @@
 """The cluster's promises, on replicas in this process: what it gives is what one engine gives, whatever happens."""
 
+import asyncio
 import operator
 import random
 import threading
@@ -336,6 +337,73 @@ def test_replicas_come_with_the_load_and_go_again(started, model):
     assert max(links.counts) == 3
     wait_until(lambda: cluster.stats().replicas == 1)
     wait_until(lambda: len([link for link in links.ended if link.gone]) == 2)
+    at_rest(cluster, links)
+
+
+@pytest.mark.parametrize("how", ["refused", "unanswered"])
+def test_a_scale_call_that_is_lost_is_made_again(started, how):
+    async def lost():
+        if how == "refused":
+            raise OSError("the network is down")
+        await asyncio.sleep(1e6)
+
+    cluster, links = started(Policy(least=1, most=2, linger=60.0, consolidate_every=None), silence=1.5)
+    links.lost_scales += [lost, lost]
+    cluster._dispatcher._call(cluster._dispatcher._scale, 2)
+    wait_until(lambda: cluster.stats().replicas == 2)
+    assert not links.lost_scales and links.counts[-1] == 2
+    at_rest(cluster, links)
+
+
+def test_replicas_that_cannot_begin_are_not_waited_for(started):
+    def cramped(links):
+        links.room = 1
+
+    cluster, links = started(prepare=cramped)
+    asked = long(24)
+    assert all(handle.result(60).token_ids for handle in submitted(cluster, asked))
+    assert max(links.counts) == 3 and cluster.stats().replicas == 1
+    wait_until(lambda: links.counts[-1] == 1)  # nobody waits, and they have not come
+    links.room = 2
+    assert all(handle.result(60).token_ids for handle in submitted(cluster, asked))
+    wait_until(lambda: len(links.ended) == 1)  # one came, and went again
+    at_rest(cluster, links)
+
+
+def test_a_server_that_was_away_does_not_give_up_its_replicas(started, model):
+    asked = long(6)
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None), silence=1.0)
+    wait_until(lambda: cluster.stats().replicas == 2)
+    slowly(links)
+    handles = submitted(cluster, asked)
+    wait_until(lambda: all(handle.generated for handle in handles))
+
+    def away():
+        time.sleep(1.5)
+        cluster._dispatcher._look_once(time.monotonic())  # before it hears what was told meanwhile
+
+    before = list(links.serving)
+    cluster._dispatcher._call(away)
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert links.serving == before and not any(handle.parts[0].deaths for handle in handles)
+    at_rest(cluster, links)
+
+
+def test_who_is_cancelled_while_nobody_can_serve_waits_no_more(started):
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
+    come, alike = threading.Event(), links.config_of
+    links.config_of = lambda name: alike(name) if come.wait(30) else None
+    slowly(links)
+    handles = [cluster.submit([11, 12], max_new_tokens=40, ignore_eos=True) for _ in range(9)]
+    wait_until(lambda: sum(handle.generated > 0 for handle in handles) == 6)
+    links.serving[0].killed = True
+    wait_until(lambda: cluster._tenants.waiting == 9)
+    for handle in handles[1:]:
+        handle.cancel()
+    wait_until(lambda: cluster._tenants.waiting == 1)
+    come.set()
+    assert len(handles[0].result(60).token_ids) == 40
     at_rest(cluster, links)
 
 
