@@ -375,8 +375,8 @@ class _Replica:
 class RayLink:
     """One replica. See `Link`."""
 
-    def __init__(self, engine: Any, seat: Any, term: int, stay: asyncio.Task[None]) -> None:
-        """Reaches an engine's actor, for the server of a term."""
+    def __init__(self, engine: Any, seat: Callable[[], Any], term: int, stay: asyncio.Task[None]) -> None:
+        """Reaches an engine's actor, for the server of a term. The seat may be another one by and by."""
         self._engine = engine
         self._seat = seat
         self._term = term
@@ -417,7 +417,7 @@ class RayLink:
     def kill(self) -> None:
         """See `Link`."""
         with suppress(Exception):
-            self._seat.kill.remote(self._term, self._engine)
+            self._seat().kill.remote(self._term, self._engine)
 
 
 class RayLinks:
@@ -537,7 +537,7 @@ class RayLinks:
             raise EngineError(f"replica {id} is gone.")
         engine, hello = found[0], pickle.loads(found[1])
         stay = asyncio.ensure_future(self._stay(Call("stay", (self._term,), this)))
-        return RayLink(engine, self._seat, self._term, stay), hello
+        return RayLink(engine, lambda: self._seat, self._term, stay), hello
 
     async def _stay(self, call: Call) -> None:
         with suppress(Exception):
