@@ -46,7 +46,7 @@ class Shelf:
         for again in (False, True):
             with self._lock:
                 if again:
-                    damage = self._look() or damage
+                    damage = self._look()
                 found = self._find(key)
             for bank, entry in found:
                 buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
