@@ -118,6 +118,10 @@ class EngineStoppedError(EngineError):
     """The engine was not started, or was stopped with the request still open."""
 
 
+class SupersededError(EngineStoppedError):
+    """Another server has taken over the replicas of this one, which was away for too long."""
+
+
 class EngineCrashedError(EngineError):
     """The engine's loop failed with the request open; its cause is the error."""
 

@@ -101,7 +101,8 @@ class EngineStats(NamedTuple):
         segments: adapters that act in each of them, the base being one, summed: segments / steps is how mixed batches
             are.
         tenants: what each tenant that ever asked has had, and has.
-        replicas: engines that serve; the other numbers are their sums.
+        replicas: engines that serve; the other numbers are their sums, `loads`, `steps` and `segments` also of those
+            that served before.
     """
 
     state: EngineState

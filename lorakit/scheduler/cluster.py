@@ -23,10 +23,10 @@ from lorakit.engine.handle import RequestHandle
 from lorakit.engine.intake import Intake
 from lorakit.engine.rate import Rate
 from lorakit.engine.request import Request
-from lorakit.engine.stats import EngineState, EngineStats, Ledger, Loads, Tier
+from lorakit.engine.stats import EngineState, EngineStats, Ledger, Tier
 from lorakit.engine.stopping import Decode
 from lorakit.engine.tenants import TenantPolicy, Tenants
-from lorakit.errors import ConfigError, EngineBusyError, EngineStoppedError, RequestError
+from lorakit.errors import ConfigError, EngineBusyError, EngineStoppedError, RequestError, SupersededError
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.config import ClusterConfig
 from lorakit.scheduler.dispatcher import Dispatcher
@@ -92,14 +92,16 @@ class Cluster:
 
     @property
     def state(self) -> EngineState:
-        """Whether it serves: "ready"; "restarting" while no replica is there."""
+        """Whether it serves: "ready"; "restarting" while no replica is there; "dead" when another server leads."""
+        if self._state == "ready" and self._dispatcher.superseded is not None:
+            return "dead"
         if self._state == "ready" and not self._dispatcher.replicas:
             return "restarting"
         return self._state
 
     @property
     def capacity(self) -> int:
-        """The most tokens that one sequence may have, its prompt included."""
+        """The most tokens that one sequence may have, its prompt included, on the largest replica."""
         self._check_running()
         return self._dispatcher.capacity
 
@@ -182,9 +184,9 @@ class Cluster:
     def stats(self) -> EngineStats:
         """What all replicas are doing, as they told last."""
         replicas = self._dispatcher.replicas
-        told = [replica.stats for replica in replicas if replica.stats is not None]
-        free = sum(max(0, replica.told) for replica in replicas)
-        blocks = sum(replica.limits.blocks for replica in replicas)
+        told, totals = [replica.stats for replica in replicas], self._dispatcher.totals
+        free = sum(max(0, replica.told) * replica.limits.block_tokens for replica in replicas)
+        tokens = sum(replica.limits.blocks * replica.limits.block_tokens for replica in replicas)
         return EngineStats(
             state=self.state,
             open=len(self._requests),
@@ -192,17 +194,17 @@ class Cluster:
             waiting=self._requests.waiting(),
             device=_sum_of_tiers(one.device for one in told),
             host=_sum_of_tiers(one.host for one in told),
-            loads=Loads(*(sum(values) for values in zip(*(one.loads for one in told), strict=True)))
-            if told
-            else Loads(0, 0.0, 0, 0, 0.0, 0),
-            cache_free=min(1.0, free / blocks) if blocks else 1.0,
-            steps=sum(one.steps for one in told),
-            segments=sum(one.segments for one in told),
+            loads=totals.loads,
+            cache_free=min(1.0, free / tokens) if tokens else 1.0,
+            steps=totals.steps,
+            segments=totals.segments,
             tenants=self._requests.tenants(),
             replicas=len(replicas),
         )
 
     def _check_running(self) -> None:
+        if self._state == "ready" and self._dispatcher.superseded is not None:
+            raise SupersededError(*self._dispatcher.superseded.args)
         if self._state != "ready":
             remedy = "call start(), or use it in a with block" if self._state == "new" else "make a new one"
             raise EngineStoppedError(f"the cluster does not run; {remedy}.")

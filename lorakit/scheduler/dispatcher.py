@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 from lorakit.engine.handle import FinishReason, RequestHandle, Token
+from lorakit.engine.stats import EngineStats
 from lorakit.engine.tenants import Tenants
 from lorakit.errors import (
     AdapterNotFoundError,
@@ -32,6 +33,7 @@ from lorakit.errors import (
     EngineError,
     EngineStoppedError,
     RequestError,
+    SupersededError,
 )
 from lorakit.scheduler.catalog import Catalog, Change
 from lorakit.scheduler.config import ClusterConfig
@@ -43,12 +45,14 @@ from lorakit.scheduler.messages import Ending, Given, Hello, News
 from lorakit.scheduler.policy import Policy, consolidate, may_release, newest, route, scale_up
 from lorakit.scheduler.queues import FairFcfs
 from lorakit.scheduler.snapshot import Limits
+from lorakit.scheduler.totals import Totals
 
 _log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds between two looks at which replicas there are
 _MEET_AGAIN = 2.0  # seconds after which a replica that could not be met is met again
 _SEND_AGAIN = 0.2  # seconds after which a sequence that did not reach its replica is sent again
+_NOT_HERE = (asyncio.CancelledError, SupersededError)  # what ends a task, and is not the replica's
 _NO_LIMIT = Limits(batch=1, blocks=1, block_tokens=1)
 
 
@@ -57,7 +61,9 @@ class Dispatcher:
 
     Attributes:
         policy: which replica, and how many.
-        capacity: the most tokens that one sequence may have; 0 until a replica has come.
+        capacity: the most tokens that one sequence may have on any replica that has come; 0 before.
+        totals: what all replicas have counted.
+        superseded: the error, once another server has taken over the replicas; from then on nothing is done any more.
     """
 
     def __init__(self, links: Links, catalog: Catalog, policy: Policy, config: ClusterConfig, tenants: Tenants) -> None:
@@ -72,6 +78,8 @@ class Dispatcher:
         """
         self.policy = policy
         self.capacity = 0
+        self.totals = Totals()
+        self.superseded: SupersededError | None = None
         self._links = links
         self._catalog = catalog
         self._config = config
@@ -83,6 +91,7 @@ class Dispatcher:
         self._limits = _NO_LIMIT
         self._fleet = Fleet(1)
         self._queue: FairFcfs[Flight] = self._new_queue()
+        self._aside: list[Flight] = []  # too long for the replicas that are there
         self._replicas: dict[int, LiveReplica] = {}
         self._numbers: dict[str, int] = {}  # those of replicas, by the names that the links have for them
         self._meeting: set[str] = set()
@@ -105,6 +114,7 @@ class Dispatcher:
         Raises:
             EngineError: no replica could begin, or came in time.
             EngineBusyError: another server uses the replicas.
+            SupersededError: another server took them over meanwhile.
         """
         self._thread.start()
         self._catalog.follow(lambda change: self._call(self._changed, change))
@@ -167,14 +177,19 @@ class Dispatcher:
 
     def _spawned(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("the cluster's loop failed in a part", exc_info=task.exception())
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, SupersededError):
+            self._step_down(error)
+        elif error is not None:
+            _log.error("the cluster's loop failed in a part", exc_info=error)
 
     def _begin(self) -> None:
         self._spawn(self._open())
 
     async def _open(self) -> None:
         try:
+            await self._links.lead()
+            self._spawn(self._lead())
             await self._links.open(self._target)
         except BaseException as error:  # noqa: BLE001 - told to whoever starts it
             self._fail_start(error)
@@ -186,12 +201,43 @@ class Dispatcher:
         if not self._first.done():
             self._first.set_exception(error)
 
+    async def _lead(self) -> None:
+        """Says that this server leads, as long as it does."""
+        while True:
+            await asyncio.sleep(self._config.beat)
+            try:
+                await asyncio.wait_for(self._links.lead(), self._config.silence)
+            except _NOT_HERE:
+                raise
+            except Exception as error:  # noqa: BLE001 - it may be starting anew
+                _log.warning("nobody hears that this server leads the replicas: %s", error)
+
+    def _step_down(self, error: SupersededError) -> None:
+        """Another server has taken over the replicas: what is left here is to say so."""
+        if self.superseded is not None:
+            return
+        _log.error("%s", error)
+        self.superseded = error
+        self._cancel_tasks()
+        self._fail_start(error)
+        for flights in list(self._flights.values()):
+            flights[0].handle.fail(error)
+            for flight in flights:
+                self._close(flight)
+        for replica in list(self._replicas.values()):
+            self._forget(replica)
+
+    def _cancel_tasks(self) -> list[asyncio.Task[Any]]:
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        return tasks
+
     async def _end(self) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*map(self._let_go, self._replicas.values())), 5.0)
-        for task in list(self._tasks):
-            if task is not asyncio.current_task():
-                task.cancel()
+        if tasks := self._cancel_tasks():
+            await asyncio.wait(tasks, timeout=1.0)
         await self._links.close()
 
     # ---- replicas come and go
@@ -200,7 +246,7 @@ class Dispatcher:
         while True:
             try:
                 await asyncio.wait_for(self._links.ids(self._see), 10 * _LOOK)
-            except asyncio.CancelledError:
+            except _NOT_HERE:
                 raise
             except Exception as error:  # noqa: BLE001 - there may be none for a while
                 _log.debug("nobody tells which replicas there are: %s", error)
@@ -211,6 +257,8 @@ class Dispatcher:
         self._call(self._sync, ids)
 
     def _sync(self, ids: frozenset[str]) -> None:
+        if self.superseded is not None:
+            return
         for name in ids - self._numbers.keys() - self._meeting - self._lost:
             self._meeting.add(name)
             self._spawn(self._meet(name))
@@ -224,12 +272,10 @@ class Dispatcher:
             pinned = [self._catalog.known(one) for one in self._catalog.pinned]
             if pinned:
                 await link.know(pinned)
-        except asyncio.CancelledError:
+        except _NOT_HERE:
             raise
         except Exception as error:  # noqa: BLE001 - it may be on its way out
             _log.warning("replica %s cannot be reached: %s", name, error)
-            if isinstance(error, EngineBusyError):
-                self._fail_start(error)
             await asyncio.sleep(_MEET_AGAIN)
             self._meeting.discard(name)
             return
@@ -246,13 +292,14 @@ class Dispatcher:
         if not self._first.done():
             self._first.set_result(None)
             self._spawn(self._tell_target())  # those that a server before this one has left may be others
+        aside, self._aside = self._aside, []
+        for flight in aside:
+            self._queue.add(flight)
         self._admit()
 
     def _settle(self, hello: Hello) -> None:
-        """Takes over what the first replica holds; all are alike."""
-        if self._limits is _NO_LIMIT:
-            self._limits, self.capacity = hello.limits, hello.capacity
-            self._fleet = Fleet(hello.limits.batch)
+        """Learns what replicas hold. They may be unlike; the next one is taken to be like the last."""
+        self._limits, self.capacity = hello.limits, max(self.capacity, hello.capacity)
 
     def _free_number(self) -> int:
         """The highest below all others: ties go to the highest, so the youngest empty first, and go first."""
@@ -266,7 +313,7 @@ class Dispatcher:
             async for news in replica.link.news():
                 self._hear(replica, news)
             reason, kill = "it has not heard of this server for too long", False
-        except asyncio.CancelledError:
+        except _NOT_HERE:
             raise
         except EngineError as error:  # it lives, and tells why it says no more
             reason, kill = str(error), False
@@ -277,8 +324,15 @@ class Dispatcher:
     async def _beat(self, replica: LiveReplica) -> None:
         while self._replicas.get(replica.id) is replica:
             with suppress(Exception):
-                replica.stats = await asyncio.wait_for(replica.link.beat(), self._config.silence)
+                stats = await asyncio.wait_for(replica.link.beat(), self._config.silence)
+                if self._replicas.get(replica.id) is replica:
+                    self._note(replica, stats)
             await asyncio.sleep(self._config.beat)
+
+    def _note(self, replica: LiveReplica, stats: EngineStats) -> None:
+        """A replica has told its numbers."""
+        self.totals.note(replica.stats, stats)
+        replica.stats = stats
 
     def _drain(self, replica: LiveReplica) -> None:
         """A replica is about to end: what it has moves, or ends there."""
@@ -297,6 +351,8 @@ class Dispatcher:
             self._spawn(self._let_go(replica))
 
     async def _let_go(self, replica: LiveReplica) -> None:
+        with suppress(Exception):  # what it has done since the last beat
+            self._note(replica, await asyncio.wait_for(replica.link.beat(), self._config.beat))
         with suppress(Exception):
             await replica.link.let_go()
 
@@ -340,6 +396,11 @@ class Dispatcher:
 
     def _arrive(self, handle: RequestHandle, flights: list[Flight]) -> None:
         self._flights[handle.id] = flights
+        if self.superseded is not None:
+            handle.fail(self.superseded)
+            for flight in flights:
+                self._close(flight)
+            return
         if handle.request.deadline is not None:
             left = handle.submitted + handle.request.deadline - time.monotonic()
             self._timers[handle.id] = self._loop.call_later(max(0.0, left), self._overdue, handle)
@@ -361,8 +422,14 @@ class Dispatcher:
                     break
                 error: BaseException | None = self._renew(flight)
                 among = self._among(flight)
-                if error is None and flight.error is not None and len(self._fleet) and not self._fleet.everyone & among:
+                nowhere = len(self._fleet) and not self._fleet.everyone & among
+                if nowhere and error is None:
                     error = flight.error  # all that there are could not serve it
+                if nowhere and error is None:
+                    self._queue.take(flight)
+                    self._set_aside(flight)
+                    again = True
+                    break
                 if error is not None:
                     self._queue.take(flight)
                     self._fail(flight, error)
@@ -377,8 +444,32 @@ class Dispatcher:
                     break
 
     def _among(self, flight: Flight) -> int:
-        """The set of replicas that may serve a sequence."""
-        return ~sum(1 << self._numbers[name] for name in flight.avoid if name in self._numbers)
+        """The set of replicas that may serve a sequence: they are large enough, and have not failed to."""
+        return ~sum(
+            1 << replica.id
+            for replica in self._replicas.values()
+            if replica.capacity < flight.cost or replica.name in flight.avoid
+        )
+
+    def _set_aside(self, flight: Flight) -> None:
+        """A sequence is too long for the replicas that are there: others pass it, until another replica comes."""
+        if not flight.placed:
+            self._queue.refund(flight, flight.cost)
+        self._aside.append(flight)
+
+    def _fail_aside(self) -> None:
+        """All replicas have come that were asked for, and some sequences are too long for each of them."""
+        aside, self._aside = self._aside, []
+        for flight in aside:
+            longest = max((replica.capacity for replica in self._replicas.values()), default=0)
+            self._fail(
+                flight,
+                EngineError(
+                    f"the request may have {flight.cost} tokens, and the replicas that are there by now hold "
+                    f"{longest}; try it again when there are larger ones, or shorten it."
+                ),
+            )
+            self._close(flight)
 
     def _give(self, flight: Flight, number: int) -> None:
         flight.replica, flight.ticket, flight.given = number, next(self._tickets), time.monotonic()
@@ -394,7 +485,7 @@ class Dispatcher:
         try:
             await self._introduce(flight)
             sent = await self._links.give(given, partial(self._choose, flight, ticket))
-        except asyncio.CancelledError:
+        except _NOT_HERE:
             raise
         except Exception as error:  # noqa: BLE001 - the replica may have died, or never got it
             await asyncio.sleep(_SEND_AGAIN)
@@ -484,11 +575,20 @@ class Dispatcher:
         if name is None or flight.generated:
             return None
         try:
-            flight.known, flight.rank = self._catalog.known(name), self._catalog.rank(name)
+            known = self._catalog.hold(name)
         except AdapterNotFoundError as error:
-            return error
-        flight.adapter = self._number_of(flight.known.key)
+            return None if flight.placed else error  # what has begun goes on with what it has
+        self._drop(flight)
+        flight.known = flight.held = known
+        flight.rank = known.rank
+        flight.adapter = self._number_of(known.key)
         return None
+
+    def _drop(self, flight: Flight) -> None:
+        """A sequence needs its adapter no more."""
+        held, flight.held = flight.held, None
+        if held is not None:
+            self._catalog.release(held)
 
     def _hear(self, replica: LiveReplica, news: News) -> None:
         replica.hear(news)
@@ -599,6 +699,9 @@ class Dispatcher:
                 self._leave(flight)
             elif self._queue.remove(flight):
                 self._close(flight)
+            elif flight in self._aside:
+                self._aside.remove(flight)
+                self._close(flight)
         self._admit()
 
     def _overdue(self, handle: RequestHandle) -> None:
@@ -617,6 +720,7 @@ class Dispatcher:
         """A sequence has ended, and is nowhere any more."""
         flight.over = True
         self._count(flight, None)
+        self._drop(flight)
         flights = self._flights.get(flight.handle.id, [])
         if all(one.counted is None for one in flights):
             self._flights.pop(flight.handle.id, None)
@@ -683,6 +787,8 @@ class Dispatcher:
             self._consolidated = now
             self._consolidate()
         self._admit()
+        if self._aside and self._target <= len(self._fleet):
+            self._fail_aside()
         self._ask()
         self._release(now)
         if len(self._queue) or self._target <= len(self._fleet):
@@ -693,7 +799,7 @@ class Dispatcher:
     def _consolidate(self) -> None:
         for move in consolidate(self._fleet, self._starting, self._limits, self.policy):
             assert isinstance(move.request, Flight)
-            if self._replicas[move.target].name not in move.request.avoid:
+            if 1 << move.target & self._among(move.request):
                 self._move(move.request, move.target)
 
     @property
@@ -736,8 +842,10 @@ class Dispatcher:
             while told != self._target:
                 target = self._target
                 try:
-                    await self._links.scale(target)
+                    await asyncio.wait_for(self._links.scale(target), self._config.silence)
                     told = target
+                except _NOT_HERE:
+                    raise
                 except Exception as error:  # noqa: BLE001 - it may be starting anew
                     _log.warning("replicas cannot be asked for: %s", error)
                     await asyncio.sleep(_LOOK)
@@ -759,6 +867,8 @@ class Dispatcher:
         replica.resident_keys = keys
 
     def _changed(self, change: Change) -> None:
+        if change.gone is not None and self._catalog.is_needed(change.gone):  # it came again meanwhile
+            return
         for replica in self._replicas.values():
             self._spawn(self._tell(replica, change))
 

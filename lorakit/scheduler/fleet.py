@@ -19,7 +19,7 @@ class Fleet:
         """Has no replica yet.
 
         Args:
-            batch: the most requests of a working set.
+            batch: the most requests of a working set; a replica may come that takes more.
         """
         self.batch = batch
         self.everyone = 0
@@ -55,10 +55,17 @@ class Fleet:
     def add(self, replica: Replica) -> None:
         """A replica may be given requests from now on."""
         assert replica.id not in self._replicas and replica.id >= 0
+        if replica.limits is not None and replica.limits.batch > self.batch:
+            self._widen(replica.limits.batch)
         self._replicas[replica.id] = replica
         self.everyone |= 1 << replica.id
         self._size[replica.id] = -1
         self.resize(replica.id, replica.working_set)
+
+    def _widen(self, batch: int) -> None:
+        self.sizes += [0] * (batch - self.batch)
+        self.batch = batch
+        self._below = (1 << batch) - 1
 
     def remove(self, number: int) -> None:
         """A replica is given no requests any more."""
@@ -105,7 +112,10 @@ class Fleet:
         return self._holders.get(adapter, 0) & self.everyone
 
     def fullest_first(self) -> Iterator[tuple[int, int]]:
-        """Size and set of the replicas with a place left, by size of the working set, the largest first."""
+        """Size and set of the replicas, by size of the working set, the largest first; without those of a full batch.
+
+        Where batches are unlike, the largest one counts.
+        """
         filled = self._filled & self._below
         while filled:
             size = filled.bit_length() - 1

@@ -21,6 +21,7 @@ class Flight:
         handle: where its tokens go.
         sequence: which of its request's it is.
         known: its adapter, as replicas know it; None for the base.
+        held: the same, as long as it can be read on its account.
         adapter: stands for that adapter's content; -1 for the base.
         rank: of that; 0 for the base.
         generated: its tokens, wherever they came from.
@@ -49,6 +50,7 @@ class Flight:
         self.handle = handle
         self.sequence = sequence
         self.known: Known | None = None
+        self.held: Known | None = None
         self.adapter = -1
         self.rank = 0
         self.generated: list[int] = []

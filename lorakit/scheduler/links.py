@@ -13,7 +13,10 @@ Choose = Callable[[frozenset[str]], Awaitable[str | None]]
 
 
 class Link(Protocol):
-    """One replica. Whatever a method raises, the replica did not answer."""
+    """One replica. It does nothing for a cluster that another one has superseded.
+
+    A method raises SupersededError if one has; whatever else it raises, the replica did not answer.
+    """
 
     async def know(self, adapters: Sequence[Known]) -> None:
         """Has it know adapters."""
@@ -44,12 +47,21 @@ class Link(Protocol):
         ...
 
     def kill(self) -> None:
-        """Ends it at once, whatever it does."""
+        """Ends it at once, whatever it does, unless another cluster leads."""
         ...
 
 
 class Links(Protocol):
-    """All replicas."""
+    """All replicas. What changes them is done only while this cluster leads."""
+
+    async def lead(self) -> None:
+        """Leads, before all else, and goes on to: to be said every now and then.
+
+        Raises:
+            EngineBusyError: another cluster leads.
+            SupersededError: this one did, and another one does.
+        """
+        ...
 
     async def open(self, count: int) -> None:
         """Has replicas begin, so many in the end, or finds those that a cluster before this one has left."""
@@ -60,7 +72,12 @@ class Links(Protocol):
         ...
 
     async def meet(self, id: str) -> tuple[Link, Hello]:
-        """A replica, which serves this cluster from now on."""
+        """A replica, which serves this cluster from now on.
+
+        Raises:
+            SupersededError: another cluster leads.
+            EngineBusyError: its engine is starting anew; it can be met when it has.
+        """
         ...
 
     async def give(self, given: Given, choose: Choose) -> bool:
@@ -68,9 +85,13 @@ class Links(Protocol):
         ...
 
     async def scale(self, count: int) -> None:
-        """Has so many replicas; if they are fewer than before, some stop being told by `ids`, and end when let go."""
+        """Has so many replicas; if they are fewer than before, some stop being told by `ids`, and end when let go.
+
+        Raises:
+            SupersededError: another cluster leads.
+        """
         ...
 
     async def close(self) -> None:
-        """Ends all."""
+        """Ends all, unless another cluster leads."""
         ...

@@ -20,6 +20,7 @@ class LiveReplica:
         name: what its carrier calls it.
         link: how it is reached.
         limits: what it holds.
+        capacity: the most tokens that one sequence may have there.
         flights: ticket → sequence that it has, those among them that are leaving.
         knows: names of adapters that it was told.
         told: free blocks of its cache, as it said last.
@@ -28,7 +29,7 @@ class LiveReplica:
         moved: when it did a forward last, or had nothing to do.
         empty_since: since when it has had no sequence.
         draining: whether it is given nothing any more.
-        stats: its engine's, as of the last beat.
+        stats: its engine's, as it told last.
     """
 
     def __init__(self, id: int, name: str, link: Link, hello: Hello) -> None:
@@ -37,13 +38,14 @@ class LiveReplica:
         self.name = name
         self.link = link
         self.limits: Limits = hello.limits
+        self.capacity = hello.capacity
         self.flights: dict[int, Flight] = {}
         self.knows: set[str] = set()
         self.told = hello.limits.blocks
         self.resident_keys: frozenset[str] = frozenset()
         self.heard = self.moved = self.empty_since = time.monotonic()
         self.draining = False
-        self.stats: EngineStats | None = None
+        self.stats: EngineStats = hello.stats
         self._expected: dict[int, tuple[Flight, int]] = {}
         self._steps = 0
 

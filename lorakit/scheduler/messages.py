@@ -13,7 +13,7 @@ import torch
 from lorakit.adapters.layout import Layout
 from lorakit.engine.handle import FinishReason, Token
 from lorakit.engine.request import Request
-from lorakit.engine.stats import EngineState
+from lorakit.engine.stats import EngineState, EngineStats
 from lorakit.scheduler.snapshot import Limits
 
 
@@ -35,6 +35,11 @@ class Known(NamedTuple):
     dtype: torch.dtype
     invocation: tuple[int, ...] | None
     pinned: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules'."""
+        return self.layout.ranks[-1]
 
 
 class Given(NamedTuple):
@@ -107,7 +112,9 @@ class Hello(NamedTuple):
     Attributes:
         limits: what it holds.
         capacity: the most tokens that one sequence may have.
+        stats: what its engine has done before.
     """
 
     limits: Limits
     capacity: int
+    stats: EngineStats

@@ -10,6 +10,8 @@
 Requests wait in the order of their arrival; if the oldest fits nowhere, none behind it is looked at (`queues.py`).
 Every constant that the paper leaves open is a field of `Policy`, and so is every extension of ours.
 
+Replicas may be unlike: what each holds is its own `limits`, and those that a function is given count for the others.
+
 Knows no clock, no engine and no GPU: the simulator and a cluster decide by the same functions.
 """
 
@@ -103,7 +105,7 @@ class Move(NamedTuple):
 
 def fits(replica: Replica, request: Request, limits: Limits, policy: Policy) -> bool:
     """Whether a replica has a place for a request, and blocks for it and for one more token of every request."""
-    held = replica.working_set
+    held, limits = replica.working_set, replica.limits or limits
     if held >= limits.batch or replica.free_blocks < limits.blocks_of(request.tokens) + held + 1:
         return False
     budget = policy.rank_budget
@@ -117,7 +119,7 @@ def route(fleet: Fleet, request: Request, limits: Limits, policy: Policy, among:
     Args:
         fleet: the replicas.
         request: it.
-        limits: of a replica.
+        limits: of a replica that has none of its own.
         policy: which preferences apply.
         among: only this set of replicas; -1: all.
     """
@@ -156,6 +158,7 @@ def newest(requests: Iterable[Request]) -> Request:
 
 def is_light(replica: Replica, limits: Limits, policy: Policy) -> bool:
     """Whether a replica is lightly loaded, in places and in memory."""
+    limits = replica.limits or limits
     if replica.working_set > policy.light * limits.batch:
         return False
     return replica.free_blocks >= (1 - policy.light) * limits.blocks
@@ -168,7 +171,7 @@ def scale_up(fleet: Fleet, starting: int, waiting: int, limits: Limits, policy: 
         fleet: the replicas.
         starting: GPUs that were asked for and are not there yet.
         waiting: requests that fit nowhere.
-        limits: of a replica.
+        limits: of a replica to come.
         policy: the thresholds.
         draining: replicas that still run requests but are given no new ones.
     """
@@ -190,7 +193,7 @@ def _light_ones(fleet: Fleet, enough: int, limits: Limits, policy: Policy) -> in
     """How many replicas are lightly loaded; no more than `enough` are counted."""
     found = 0
     for size, replicas in fleet.emptiest_first():
-        if size > policy.light * limits.batch:
+        if size > policy.light * fleet.batch:
             break
         for number in numbers(replicas):
             found += is_light(fleet[number], limits, policy)
@@ -217,15 +220,13 @@ def consolidate(replicas: Iterable[Replica], starting: int, limits: Limits, poli
     Args:
         replicas: those that are neither starting nor draining.
         starting: GPUs that were asked for and are not there yet.
-        limits: of a replica.
+        limits: of a replica that has none of its own.
         policy: threshold and price.
     """
     rooms = _Rooms(replicas, limits, policy)
     moves: list[Move] = []
     for room in sorted(rooms.all, key=lambda room: (room.size, room.replica.id)):
-        if room.size > policy.consolidate_below * limits.batch:
-            break
-        if room.size == 0 or room.given:
+        if room.size > policy.consolidate_below * room.limits.batch or room.size == 0 or room.given:
             continue
         requests = list(room.replica.requests())
         if len(requests) < room.size:  # some are on their way already
@@ -241,10 +242,11 @@ def consolidate(replicas: Iterable[Replica], starting: int, limits: Limits, poli
 class _Room:
     """A replica and what it will hold."""
 
-    __slots__ = ("adapters", "blocks", "given", "gone", "ranks", "replica", "size")
+    __slots__ = ("adapters", "blocks", "given", "gone", "limits", "ranks", "replica", "size")
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, limits: Limits) -> None:
         self.replica = replica
+        self.limits = replica.limits or limits
         self.size = replica.working_set
         self.blocks = replica.free_blocks
         self.ranks = replica.ranks
@@ -260,10 +262,11 @@ class _Rooms:
     """All replicas during a consolidation, by size."""
 
     def __init__(self, replicas: Iterable[Replica], limits: Limits, policy: Policy) -> None:
-        self._limits = limits
         self._policy = policy
-        self.all = [_Room(replica) for replica in replicas]
-        self._by_size: list[list[_Room]] = [[] for _ in range(limits.batch + 1)]
+        self.all = [_Room(replica, limits) for replica in replicas]
+        self._by_size: list[list[_Room]] = [
+            [] for _ in range(max((room.limits.batch for room in self.all), default=0) + 1)
+        ]
         for room in sorted(self.all, key=lambda room: room.replica.id):
             self._by_size[room.size].append(room)
 
@@ -273,14 +276,14 @@ class _Rooms:
         left = len(others)
         wanted = max(self._policy.headroom, math.ceil(self._policy.headroom_share * (left + starting)))
         light = sum(map(self._is_light, others))
-        free = sum(self._limits.batch - other.size for other in others)
+        free = sum(other.limits.batch - other.size for other in others)
         if free < self._policy.spare + (0 if room.gone else room.size):
             return False
         return left >= self._policy.least and light + starting >= wanted
 
     def _is_light(self, room: _Room) -> bool:
         share = self._policy.light
-        return room.size <= share * self._limits.batch and room.blocks >= (1 - share) * self._limits.blocks
+        return room.size <= share * room.limits.batch and room.blocks >= (1 - share) * room.limits.blocks
 
     def place(self, requests: Sequence[Request], source: _Room, starting: int) -> list[tuple[Request, int]] | None:
         """A place for every request of a replica, each on the fullest one that has room.
@@ -311,10 +314,10 @@ class _Rooms:
         return None
 
     def _find(self, request: Request, least: int) -> _Room | None:
-        blocks, budget = self._limits.blocks_of(request.tokens), self._policy.rank_budget
-        for size in range(self._limits.batch - 1, max(least, 1) - 1, -1):
+        budget = self._policy.rank_budget
+        for size in range(len(self._by_size) - 2, max(least, 1) - 1, -1):
             for room in reversed(self._by_size[size]):
-                if room.blocks < blocks + size + 1:
+                if size >= room.limits.batch or room.blocks < room.limits.blocks_of(request.tokens) + size + 1:
                     continue
                 if budget is None or room.uses(request.adapter) or room.ranks + request.rank <= budget:
                     return room
@@ -326,6 +329,6 @@ class _Rooms:
             room.ranks += request.rank
             room.adapters |= {request.adapter}
         room.size += 1
-        room.blocks -= self._limits.blocks_of(request.tokens)
+        room.blocks -= room.limits.blocks_of(request.tokens)
         room.given = True
         self._by_size[room.size].append(room)

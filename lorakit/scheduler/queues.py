@@ -81,6 +81,15 @@ class Fcfs(Generic[R]):
         assert self._heap[0][2] is request
         heapq.heappop(self._heap)
 
+    def remove(self, request: R) -> bool:
+        """Takes a request out that nobody wants any more; False if it does not wait."""
+        left = [entry for entry in self._heap if entry[2] is not request]
+        found = len(left) < len(self._heap)
+        if found:
+            heapq.heapify(left)
+            self._heap = left
+        return found
+
 
 class FairFcfs(Generic[R]):
     """Deficit round robin over tenants, which are the adapters' owners; first come, first served within each.
@@ -145,14 +154,15 @@ class FairFcfs(Generic[R]):
             self._again.take(request)
 
     def remove(self, request: R) -> bool:
-        """Takes a request out that nobody wants any more, at no charge; False if it does not wait for its turn.
-
-        One whose turn it is, or that was evicted, stays until it is taken.
-        """
-        if self._waiting.pop(request.key, None) is None:
-            return False
-        self._turns.remove(request.key)
-        return True
+        """Takes a request out that nobody wants any more, at no charge; False if it does not wait."""
+        if self._next is request:
+            self._next = None
+            self.refund(request, request.cost)
+            return True
+        if self._waiting.pop(request.key, None) is not None:
+            self._turns.remove(request.key)
+            return True
+        return self._again.remove(request)
 
     def refund(self, request: R, tokens: int) -> None:
         """Gives back to its tenant what a request was charged and did not take."""

@@ -1,13 +1,16 @@
 """Replicas on Ray: engines are actors behind Ray Serve, whose request router asks the cluster's policy.
 
     server ── Cluster ── RayLinks ── DeploymentHandle ── PolicyRouter ──▶ _Replica (Serve) ──▶ EngineActor
-                             └───────────────────── news, beats, cancels ────────────────────────▲
-                                                                    _Shelf ── object store ──────┘
+                             ├───────────────────── news, beats, cancels ────────────────────────▲
+                             └── _Seat: scales, kills, deletes      _Shelf ── object store ──────┘
 
 Serve places replicas, watches over them, begins new ones in the place of dead ones, and lets those end that are too
 many. A sequence goes through Serve's handle; its router lets the policy choose (`Call`). What concerns one replica,
 whether it takes requests or is about to end, goes straight to its engine's actor: its news come as one stream for all
 of its sequences, one item a forward.
+
+Which server leads, the seat tells, an actor that outlives servers. How many replicas there are is changed through it,
+and what one replica is asked for names the server's term: what a superseded server asks for is not done.
 
 An adapter's bytes are put into Ray's object store once, by the shelf, and come to each node once, where all replicas
 read them from shared memory.
@@ -25,7 +28,6 @@ import pickle
 import socket
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +40,7 @@ from lorakit.errors import ConfigError, EngineError, MissingDependencyError
 try:
     import ray
     from ray import serve
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayActorError, RayError, RayTaskError
     from ray.serve.config import DeploymentID, RequestRouterConfig
     from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
     from ray.util.placement_group import get_current_placement_group
@@ -72,7 +74,7 @@ class RaySettings:
     Attributes:
         gpus: of a replica; more than one: they share the base by tensor parallelism. None: one, if there are any.
         cpus: of a replica.
-        lease: seconds without a word of the server after which replicas drop its requests.
+        lease: seconds without a word of the server after which replicas drop its requests, and another may lead.
         shelf: bytes of adapters that are kept in the object store for replicas to come.
     """
 
@@ -208,60 +210,63 @@ class EngineActor:
         """Is asked for what these know, too."""
         self._others = others
 
-    async def meet(self, cluster: str, shelf: Any) -> bytes:
+    async def meet(self, term: int, shelf: Any) -> bytes:
         """See `Worker.hello`, which is pickled; adapters come from the shelf."""
-        hello = await asyncio.to_thread(self.worker.hello, cluster)
+        hello = await asyncio.to_thread(self.worker.hello, term)
         self._left.set()  # a cluster before this one may not have listened to the end
         self._shelf, self._left = shelf, asyncio.Event()
         for other in self._others:
-            await other.meet.remote(cluster, shelf)
+            await other.meet.remote(term, shelf)
         return pickle.dumps(hello)
 
-    async def know(self, adapters: Sequence[Known]) -> None:
+    async def know(self, term: int, adapters: Sequence[Known]) -> None:
         """See `Worker.know`."""
         async with self._turn:
+            self.worker.check(term)
             for other in self._others:
-                await other.know.remote(adapters)
-            await asyncio.to_thread(self.worker.know, adapters)
+                await other.know.remote(term, adapters)
+            await asyncio.to_thread(self.worker.know, term, adapters)
 
-    async def forget(self, names: Sequence[str]) -> None:
+    async def forget(self, term: int, names: Sequence[str]) -> None:
         """See `Worker.forget`."""
         async with self._turn:
-            await asyncio.to_thread(self.worker.forget, names)
+            await asyncio.to_thread(self.worker.forget, term, names)
 
-    async def unpin(self, name: str) -> None:
+    async def unpin(self, term: int, name: str) -> None:
         """See `Worker.unpin`."""
         async with self._turn:
-            await asyncio.to_thread(self.worker.unpin, name)
+            await asyncio.to_thread(self.worker.unpin, term, name)
 
-    async def take(self, cluster: str, given: bytes) -> None:
+    async def take(self, term: int, given: bytes) -> None:
         """See `Worker.take`."""
-        await asyncio.to_thread(self.worker.take, cluster, pickle.loads(given))
+        await asyncio.to_thread(self.worker.take, term, pickle.loads(given))
 
-    async def cancel(self, tickets: Collection[int]) -> None:
+    async def cancel(self, term: int, tickets: Collection[int]) -> None:
         """See `Worker.cancel`."""
-        self.worker.cancel(tickets)
+        self.worker.cancel(term, tickets)
 
-    async def beat(self, cluster: str) -> Any:
+    async def beat(self, term: int) -> Any:
         """See `Worker.beat` and `Worker.stats`."""
-        self.worker.beat(cluster)  # at once, however long the threads have other work
+        self.worker.beat(term)  # at once, however long the threads have other work
         return await asyncio.to_thread(self.worker.stats)
 
-    async def news(self, cluster: str) -> AsyncIterator[News]:
+    async def news(self, term: int) -> AsyncIterator[News]:
         """See `Worker.news`; when they end, so does the replica's stay."""
         left = self._left
         try:
-            async for news in self.worker.news(cluster):
+            async for news in self.worker.news(term):
                 yield news
         finally:
             left.set()
 
-    async def stay(self, cluster: str) -> None:
+    async def stay(self, term: int) -> None:
         """Returns when the cluster lets the replica go, or is gone: until then Serve does not end it."""
+        self.worker.check(term)
         await self._left.wait()
 
-    async def let_go(self) -> None:
+    async def let_go(self, term: int) -> None:
         """The replica may end."""
+        self.worker.check(term)
         self._left.set()
 
     def _fetch(self, key: str) -> Any:
@@ -270,6 +275,43 @@ class EngineActor:
             return ray.get(reference)
         except RayTaskError as error:
             raise _cause(error) from None
+
+
+class _Seat:
+    """The seat as an actor that outlives servers, and what only who leads may do. One call at a time."""
+
+    def __init__(self, app: str, lease: float) -> None:
+        from lorakit.scheduler.seat import Seat
+
+        self._app = app
+        self._seat = Seat(lease, taken=ray.get_runtime_context().was_current_actor_reconstructed)
+
+    def take(self) -> int:
+        """See `Seat.take`."""
+        return self._seat.take()
+
+    def check(self, term: int) -> None:
+        """See `Seat.check`."""
+        self._seat.check(term)
+
+    def scale(self, term: int, count: int) -> None:
+        """Has Serve have so many replicas."""
+        self._seat.check(term)
+        # What Serve's own interface for scaling from outside calls.
+        controller = ray.get_actor(_CONTROLLER, namespace="serve")
+        ray.get(controller.update_deployment_replicas.remote(DeploymentID(_DEPLOYMENT, self._app), count))
+
+    def kill(self, term: int, engine: Any) -> None:
+        """Ends an engine's process."""
+        self._seat.check(term)
+        ray.kill(engine)
+
+    def leave(self, term: int) -> None:
+        """Deletes the replicas, and ends."""
+        self._seat.check(term)
+        with suppress(RuntimeError, TimeoutError):
+            serve.delete(self._app)
+        ray.actor.exit_actor()
 
 
 class _Shelf:
@@ -333,48 +375,49 @@ class _Replica:
 class RayLink:
     """One replica. See `Link`."""
 
-    def __init__(self, engine: Any, cluster: str, stay: asyncio.Task[None]) -> None:
-        """Reaches an engine's actor."""
+    def __init__(self, engine: Any, seat: Callable[[], Any], term: int, stay: asyncio.Task[None]) -> None:
+        """Reaches an engine's actor, for the server of a term. The seat may be another one by and by."""
         self._engine = engine
-        self._cluster = cluster
+        self._seat = seat
+        self._term = term
         self._stay = stay  # Serve ends the replica when it ends
 
     async def know(self, adapters: Sequence[Known]) -> None:
         """See `Link`."""
-        await self._engine.know.remote(list(adapters))
+        await _answer(self._engine.know.remote(self._term, list(adapters)))
 
     async def forget(self, names: Sequence[str]) -> None:
         """See `Link`."""
-        await self._engine.forget.remote(list(names))
+        await _answer(self._engine.forget.remote(self._term, list(names)))
 
     async def unpin(self, name: str) -> None:
         """See `Link`."""
-        await self._engine.unpin.remote(name)
+        await _answer(self._engine.unpin.remote(self._term, name))
 
     async def cancel(self, tickets: Collection[int]) -> None:
         """See `Link`."""
-        await self._engine.cancel.remote(list(tickets))
+        await _answer(self._engine.cancel.remote(self._term, list(tickets)))
 
     async def beat(self) -> Any:
         """See `Link`."""
-        return await self._engine.beat.remote(self._cluster)
+        return await _answer(self._engine.beat.remote(self._term))
 
     async def news(self) -> AsyncIterator[News]:
         """See `Link`."""
         try:
-            async for reference in self._engine.news.remote(self._cluster):
+            async for reference in self._engine.news.remote(self._term):
                 yield await reference
         except RayTaskError as error:
             raise _cause(error) from None
 
     async def let_go(self) -> None:
         """See `Link`."""
-        await self._engine.let_go.remote()
+        await _answer(self._engine.let_go.remote(self._term))
 
     def kill(self) -> None:
         """See `Link`."""
         with suppress(Exception):
-            ray.kill(self._engine)
+            self._seat().kill.remote(self._term, self._engine)
 
 
 class RayLinks:
@@ -391,12 +434,39 @@ class RayLinks:
         self._make = pickle.dumps(make)
         self._folders = [folder.resolve() for folder in folders]
         self._settings = settings or RaySettings()
-        self._cluster = uuid.uuid4().hex
+        self._term = 0  # none yet
         # Servers that want the same share the name, so that one that begins anew finds what the last one has left.
         self.app = "lorakit-" + hashlib.blake2b(pickle.dumps((self._make, self._settings)), digest_size=6).hexdigest()
         self._handle: Any = None
+        self._seat: Any = None
         self._shelf: Any = None
-        self._ours = False  # no other server's
+
+    async def lead(self) -> None:
+        """See `Links`."""
+        for again in (True, False):
+            if self._seat is None:
+                self._seat = await asyncio.to_thread(self._sit)
+            try:
+                if self._term:
+                    await _answer(self._seat.check.remote(self._term))
+                else:
+                    self._term = await _answer(self._seat.take.remote())
+                return
+            except RayActorError:  # a server that ended took it along
+                self._seat = None
+                if not again:
+                    raise
+
+    def _sit(self) -> Any:
+        seat = ray.remote(_Seat).options(
+            name=self.app,
+            namespace="lorakit",
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+        )
+        return seat.remote(self.app, self._settings.lease)
 
     async def open(self, count: int) -> None:
         """See `Links`; goes on with replicas that a server before this one has left."""
@@ -413,7 +483,6 @@ class RayLinks:
         if self._find():
             self._handle = serve.get_app_handle(self.app)
             return
-        self._ours = True
         gpus = settings.gpus
         if gpus is None:
             gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
@@ -429,6 +498,7 @@ class RayLinks:
             graceful_shutdown_wait_loop_s=0.5,
             request_router_config=RequestRouterConfig(request_router_class=PolicyRouter),
         )
+        ray.get(self._seat.check.remote(self._term))  # time has passed
         try:
             made = deployment.bind(self._make, settings, gpus)
             self._handle = serve.run(made, name=self.app, route_prefix=None, external_scaler_enabled=True)
@@ -461,14 +531,13 @@ class RayLinks:
         async def this(names: frozenset[str]) -> str | None:
             return id if id in names else None
 
-        call = Call("meet", (self._cluster, self._shelf), this)
+        call = Call("meet", (self._term, self._shelf), this)
         found = await self._ask(call)
         if not call.was_sent:
             raise EngineError(f"replica {id} is gone.")
         engine, hello = found[0], pickle.loads(found[1])
-        self._ours = True
-        stay = asyncio.ensure_future(self._stay(Call("stay", (self._cluster,), this)))
-        return RayLink(engine, self._cluster, stay), hello
+        stay = asyncio.ensure_future(self._stay(Call("stay", (self._term,), this)))
+        return RayLink(engine, lambda: self._seat, self._term, stay), hello
 
     async def _stay(self, call: Call) -> None:
         with suppress(Exception):
@@ -476,39 +545,39 @@ class RayLinks:
 
     async def give(self, given: Given, choose: Choose) -> bool:
         """See `Links`."""
-        call = Call("take", (self._cluster, pickle.dumps(given)), choose)
+        call = Call("take", (self._term, pickle.dumps(given)), choose)
         await self._ask(call)
         return call.was_sent
 
     async def _ask(self, call: Call) -> Any:
-        try:
-            answer = await self._handle.ask.remote(call)
-        except RayTaskError as error:
-            raise _cause(error) from None
+        answer = await _answer(self._handle.ask.remote(call))
         if call.failure is not None:
             raise call.failure
         return answer
 
     async def scale(self, count: int) -> None:
         """See `Links`."""
-        await asyncio.to_thread(self._scale, count)
-
-    def _scale(self, count: int) -> None:
-        # What Serve's own interface for scaling from outside calls.
-        controller = ray.get_actor(_CONTROLLER, namespace="serve")
-        ray.get(controller.update_deployment_replicas.remote(DeploymentID(_DEPLOYMENT, self.app), count))
+        await _answer(self._seat.scale.remote(self._term, count))
 
     async def close(self) -> None:
         """See `Links`."""
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        if self._ours:
-            with suppress(RayError, RuntimeError, TimeoutError):
-                serve.delete(self.app)
+        if self._term:
+            with suppress(RayError):  # it is gone then, or another server's
+                ray.get(self._seat.leave.remote(self._term))
         if self._shelf is not None:
             with suppress(RayError, ValueError):
                 ray.kill(self._shelf)
+
+
+async def _answer(asked: Any) -> Any:
+    """What an actor says, or raises."""
+    try:
+        return await asked
+    except RayTaskError as error:
+        raise _cause(error) from None
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -90,7 +90,7 @@ class SimulatedReplica:
         self.version = 0
         self.empty_since = now
         self._clock = clock
-        self._limits = limits
+        self.limits = limits
         self._costs = costs
         self._slots = slots
         self._counts = counts
@@ -123,7 +123,7 @@ class SimulatedReplica:
     @property
     def free_blocks(self) -> int:
         """Blocks of its cache that are free now."""
-        left = self._limits.blocks - self._used - self._reserved
+        left = self.limits.blocks - self._used - self._reserved
         if self._fresh is None and self._rows:
             elapsed = self._clock() - self._since
             if elapsed > 0:
@@ -166,13 +166,13 @@ class SimulatedReplica:
     def arrive(self, job: Job, tokens: int, now: int) -> None:
         """A job that was expected with so many tokens has come."""
         place = next(place for place, (_, one) in enumerate(self._pending) if one is job)
-        self._reserved += self._limits.blocks_of(job.tokens) - self._limits.blocks_of(tokens)
+        self._reserved += self.limits.blocks_of(job.tokens) - self.limits.blocks_of(tokens)
         self._pending[place] = (max(now, self._resident[job.adapter]), job)
 
     def cancel(self, job: Job, tokens: int) -> None:
         """A job that was expected with so many tokens does not come."""
         self._pending = [entry for entry in self._pending if entry[1] is not job]
-        self._reserved -= self._limits.blocks_of(tokens)
+        self._reserved -= self.limits.blocks_of(tokens)
         self._forget(job)
 
     def leave(self, job: Job) -> bool:
@@ -186,7 +186,7 @@ class SimulatedReplica:
 
     def _admit(self, job: Job, ready: int, tokens: int | None = None) -> None:
         self._pending.append((ready, job))
-        self._reserved += self._limits.blocks_of(job.tokens if tokens is None else tokens)
+        self._reserved += self.limits.blocks_of(job.tokens if tokens is None else tokens)
         self.working_set += 1
         using = self._using.get(job.adapter, 0)
         self._using[job.adapter] = using + 1
@@ -221,7 +221,7 @@ class SimulatedReplica:
 
     def _drop_pending(self, job: Job) -> None:
         self._pending = [entry for entry in self._pending if entry[1] is not job]
-        self._reserved -= self._limits.blocks_of(job.tokens)
+        self._reserved -= self.limits.blocks_of(job.tokens)
         self._forget(job)
 
     # ---- time
@@ -252,8 +252,8 @@ class SimulatedReplica:
         for ready, _ in self._pending:
             if ready >= 0:
                 count = min(count, self._steps_until(ready - self._since))
-        limit = self._limits.blocks - self._reserved - self.working_set
-        if self._used + len(self._rows) * (count // self._limits.block_tokens + 1) > limit:
+        limit = self.limits.blocks - self._reserved - self.working_set
+        if self._used + len(self._rows) * (count // self.limits.block_tokens + 1) > limit:
             count = min(count, self._steps_to_fill(limit))
         self._planned = count
         return self._since + self._time(count)
@@ -283,7 +283,7 @@ class SimulatedReplica:
     def _evict(self) -> list[Job]:
         """While a forward's tokens might find no block: the newest goes; one that has yet to come cannot."""
         evicted = []
-        while self._limits.blocks - self._used - self._reserved < self.working_set:
+        while self.limits.blocks - self._used - self._reserved < self.working_set:
             waiting = [job for ready, job in self._pending if ready >= 0]
             jobs = [*(job for job, _ in self._rows.values()), *waiting]
             if not jobs:
@@ -310,13 +310,13 @@ class SimulatedReplica:
         return fresh
 
     def _begin_prompts(self, fresh: list[Job], now: int) -> int:
-        block = self._limits.block_tokens
+        block = self.limits.block_tokens
         prompt = 0
         rows, context = len(self._rows), self._context
         for job in fresh:
             tokens = job.tokens
             prompt += tokens
-            blocks = self._limits.blocks_of(tokens)
+            blocks = self.limits.blocks_of(tokens)
             self._reserved -= blocks
             self._used += blocks
             self._rows[job.key] = job, self._steps
@@ -339,7 +339,7 @@ class SimulatedReplica:
     def _end_prompts(self, now: int) -> None:
         assert self._fresh is not None
         self._record(now - self._since, 0, 1, len(self._rows) - len(self._fresh))
-        self._used += self._phases[self._steps % self._limits.block_tokens]
+        self._used += self._phases[self._steps % self.limits.block_tokens]
         self._steps += 1
         self._context += len(self._rows)
         for job in self._fresh:
@@ -382,8 +382,8 @@ class SimulatedReplica:
         tokens = job.tokens + self._steps - began
         del self._rows[job.key]
         self._context -= tokens
-        self._used -= self._limits.blocks_of(tokens)
-        self._phases[(began - job.tokens) % self._limits.block_tokens] -= 1
+        self._used -= self.limits.blocks_of(tokens)
+        self._phases[(began - job.tokens) % self.limits.block_tokens] -= 1
         left = self._active[job.adapter] - 1
         if left:
             self._active[job.adapter] = left
@@ -422,7 +422,7 @@ class SimulatedReplica:
         """Blocks that the rows take in so many forwards."""
         if count <= 0:
             return 0
-        block = self._limits.block_tokens
+        block = self.limits.block_tokens
         rounds, rest = divmod(count, block)
         found = rounds * len(self._rows)
         if rest:
@@ -433,7 +433,7 @@ class SimulatedReplica:
 
     def _steps_to_fill(self, limit: int) -> int:
         """The fewest forwards, at least one, after which more than so many blocks are used."""
-        rows, block = len(self._rows), self._limits.block_tokens
+        rows, block = len(self._rows), self.limits.block_tokens
         rounds = max(0, (limit - self._used) // rows)
         used = self._used + rounds * rows
         count = rounds * block

@@ -70,10 +70,13 @@ class Replica(Protocol):
         free_blocks: of its cache.
         ranks: the ranks of the adapters in its working set, summed, each adapter once.
         resident: how many adapters lie in its device memory.
+        limits: what it holds, where replicas are unlike; None: what all hold.
     """
 
     @property
     def id(self) -> int: ...  # noqa: D102
+    @property
+    def limits(self) -> Limits | None: ...  # noqa: D102
     @property
     def working_set(self) -> int: ...  # noqa: D102
     @property
@@ -112,12 +115,14 @@ class ReplicaView:
         held: its working set.
         free_blocks: of its cache.
         residents: adapters in device memory.
+        limits: what it holds, where replicas are unlike.
     """
 
     id: int
     held: tuple[RequestView, ...] = ()
     free_blocks: int = 4096
     residents: frozenset[int] = frozenset()
+    limits: Limits | None = None
 
     @property
     def working_set(self) -> int:

@@ -1,7 +1,8 @@
 """An engine that a cluster gives sequences: takes them, tells of their tokens, and gives them back.
 
 Its adapters come from the cluster: it knows them by their contents, and reads them through a function when they are
-first asked for. It serves one cluster at a time; of one that is not heard of for a while it forgets everything.
+first asked for. It serves one cluster at a time, the one of the highest term (`seat.py`), and does nothing for any
+other; of one that is not heard of for a while it forgets everything.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from lorakit.adapters.layout import Extent
 from lorakit.engine.engine import Engine
 from lorakit.engine.handle import Listener, RequestHandle
 from lorakit.engine.stats import EngineStats
-from lorakit.errors import BankCorruptedError, EngineBusyError, EngineError, LorakitError
+from lorakit.errors import BankCorruptedError, EngineError, LorakitError
 from lorakit.runtime.host_cache import ExtentReader
 from lorakit.scheduler.messages import Ending, Given, Hello, Known, News, Piece
+from lorakit.scheduler.seat import superseded
 from lorakit.scheduler.snapshot import Limits
 
 _log = logging.getLogger(__name__)
@@ -61,50 +63,54 @@ class Worker:
         self._lock = threading.Lock()
         self._rows: dict[int, _Row] = {}
         self._failed: list[Piece] = []
-        self._cluster = ""
+        self._term = 0
+        self._serves = False
         self._heard = time.monotonic()
         self._listener: Listener | None = None
         self._resident: frozenset[str] = frozenset()
 
-    def hello(self, cluster: str) -> Hello:
+    def hello(self, term: int) -> Hello:
         """Serves a cluster from now on.
 
         Args:
-            cluster: tells it from others.
+            term: its.
 
         Raises:
-            EngineBusyError: another one uses it.
+            SupersededError: one of a higher term has come.
+            EngineBusyError: the engine is starting anew; it can be met when it has.
         """
         with self._lock:
-            if self._cluster not in ("", cluster) and time.monotonic() - self._heard < self._lease:
-                raise EngineBusyError(
-                    "another server uses these replicas: end it first, or start this one with another --max-requests.",
-                    retry_after=self._lease,
-                )
+            self._check_newest(term)
+            self._term, self._serves = term, True
+            self._heard, self._resident = time.monotonic(), frozenset()
         self.forget_all()
-        with self._lock:
-            self._cluster, self._heard, self._resident = cluster, time.monotonic(), frozenset()
         engine = self.engine
         blocks = engine.capacity // engine.block_tokens
         # The policy keeps a block for the next token of each.
-        return Hello(Limits(engine.batch, blocks, engine.block_tokens), max(0, blocks - 1) * engine.block_tokens)
+        limits, capacity = Limits(engine.batch, blocks, engine.block_tokens), max(0, blocks - 1) * engine.block_tokens
+        return Hello(limits, capacity, engine.stats())
 
-    def beat(self, cluster: str) -> None:
+    def beat(self, term: int) -> None:
         """The cluster is there.
 
         Raises:
-            EngineError: it is not this one's.
+            SupersededError, EngineError: it is not this one's, or no more.
         """
         with self._lock:
-            self._check(cluster)
+            self._check(term)
             self._heard = time.monotonic()
 
     def stats(self) -> EngineStats:
         """What the engine is doing; it may have to wait for that."""
         return self.engine.stats()
 
-    def know(self, adapters: Iterable[Known]) -> None:
-        """Knows adapters; those that are pinned come to the device."""
+    def know(self, term: int, adapters: Iterable[Known]) -> None:
+        """Knows adapters; those that are pinned come to the device.
+
+        Raises:
+            SupersededError, EngineError: as `beat`.
+        """
+        self.check(term)
         for known in adapters:
             reader = ExtentReader(known.layout, known.dtype, partial(self._read_into, known))
             self.engine.model.know_adapter(known.name, known.key, reader, known.invocation)
@@ -114,25 +120,34 @@ class Worker:
                 except LorakitError as error:  # it is served all the same
                     _log.warning("adapter %s cannot be pinned here: %s", known.name, error)
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Forgets adapters, and frees their memory when no sequence needs them any more."""
+    def forget(self, term: int, names: Iterable[str]) -> None:
+        """Forgets adapters, and frees their memory when no sequence needs them any more.
+
+        Raises:
+            SupersededError, EngineError: as `beat`.
+        """
+        self.check(term)
         for name in names:
             if self.engine.model.has_adapter(name):
                 self.engine.model.unload_adapter(name)
 
-    def unpin(self, name: str) -> None:
-        """Lets an adapter make room again."""
+    def unpin(self, term: int, name: str) -> None:
+        """Lets an adapter make room again.
+
+        Raises:
+            SupersededError, EngineError: as `beat`.
+        """
+        self.check(term)
         if self.engine.model.has_adapter(name):
             self.engine.model.unpin_adapter(name)
 
-    def take(self, cluster: str, given: Given) -> None:
+    def take(self, term: int, given: Given) -> None:
         """Takes a sequence; if it cannot be served, the news tell why.
 
         Raises:
-            EngineError: it is not this cluster's.
+            SupersededError, EngineError: as `beat`.
         """
-        with self._lock:
-            self._check(cluster)
+        self.check(term)
         try:
             handle = self.engine.take(given.request)
         except Exception as error:  # noqa: BLE001 - told, as what comes later is
@@ -142,7 +157,7 @@ class Worker:
                     self._listener.tell()
             return
         with self._lock:
-            mine = cluster == self._cluster
+            mine = self._serves and term == self._term
             if mine:
                 self._rows[given.ticket] = _Row(handle)
                 if self._listener is not None:
@@ -150,8 +165,13 @@ class Worker:
         if not mine:  # another cluster came meanwhile
             handle.cancel()
 
-    def cancel(self, tickets: Iterable[int]) -> None:
-        """Ends sequences after the token that they are at; the news tell when."""
+    def cancel(self, term: int, tickets: Iterable[int]) -> None:
+        """Ends sequences after the token that they are at; the news tell when.
+
+        Raises:
+            SupersededError, EngineError: as `beat`.
+        """
+        self.check(term)
         for ticket in tickets:
             row = self._rows.get(ticket)
             if row is not None:
@@ -164,15 +184,15 @@ class Worker:
         for row in rows:
             row.handle.cancel()
 
-    async def news(self, cluster: str) -> AsyncIterator[News]:
+    async def news(self, term: int) -> AsyncIterator[News]:
         """What happens, until the cluster is gone.
 
         Raises:
-            EngineError: another cluster came.
+            SupersededError, EngineError: as `beat`.
         """
         listener = Listener()
         with self._lock:
-            self._check(cluster)
+            self._check(term)
             self._listener = listener
             handles = [row.handle for row in self._rows.values()]
         for handle in handles:
@@ -184,10 +204,10 @@ class Worker:
             except TimeoutError:
                 pass
             with self._lock:
-                self._check(cluster)
+                self._check(term)
                 overdue = time.monotonic() - self._heard > self._lease
                 if overdue:
-                    self._cluster = ""
+                    self._serves = False
             if overdue:
                 self.forget_all()
                 return
@@ -212,9 +232,24 @@ class Worker:
         load = engine.load()
         return News(pieces, load.free_blocks, resident if changed else None, load.steps, load.running, engine.state)
 
-    def _check(self, cluster: str) -> None:
-        if cluster != self._cluster:
-            raise EngineError("the replica serves another server by now.")
+    def check(self, term: int) -> None:
+        """Whether it serves a cluster.
+
+        Raises:
+            SupersededError: one of a higher term has come.
+            EngineError: it has heard nothing of it for too long, and forgot it.
+        """
+        with self._lock:
+            self._check(term)
+
+    def _check(self, term: int) -> None:
+        self._check_newest(term)
+        if term != self._term or not self._serves:
+            raise EngineError("the replica has heard nothing of this server for too long, and forgot it.")
+
+    def _check_newest(self, term: int) -> None:
+        if term < self._term:
+            raise superseded()
 
     def _read_into(self, known: Known, buffer: torch.Tensor) -> Extent:
         found = self._fetch(known.key)

@@ -1,4 +1,4 @@
-"""A server's process without HTTP, to be killed: connects, streams, and waits for its end."""
+"""A server's process without HTTP: connects, streams, does nothing for a while, and tells how its requests end."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from lorakit.scheduler.policy import Policy
 from lorakit.scheduler.ray_cluster import RayLinks, RaySettings
 
 if __name__ == "__main__":
-    address, folder = sys.argv[1:]
+    address, folder, away = sys.argv[1:]
     ray.init(address=address, log_to_driver=False, logging_level="warning")
     base = double()
     catalog = Catalog(AdapterBank.open(folder), family()[0])
@@ -26,4 +26,8 @@ if __name__ == "__main__":
     handles = [cluster.submit([11, 12, 13], "lora", max_new_tokens=50, ignore_eos=True) for _ in range(200)]
     next(iter(handles[0]))
     print("streaming", flush=True)
-    time.sleep(60)
+    cluster._dispatcher._call(time.sleep, float(away))
+    handles[-1].wait(60)
+    print(type(handles[-1].error).__name__, flush=True)
+    cluster.close()
+    print("closed", flush=True)

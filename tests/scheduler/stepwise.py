@@ -81,7 +81,7 @@ class Reference:
         held = tuple(
             RequestView(one.key, one.arrival, one.tokens, one.adapter, one.rank) for one in engine.everyone
         )  # fmt: skip
-        return _View(engine.id, held, engine.free(self.limits), frozenset(engine.resident), self.still(engine))
+        return _View(engine.id, held, engine.free(self.limits), frozenset(engine.resident), still=self.still(engine))
 
     def still(self, engine):
         return tuple(

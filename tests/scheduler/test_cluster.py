@@ -1,10 +1,13 @@
 """The cluster's promises, on replicas in this process: what it gives is what one engine gives, whatever happens."""
 
+import asyncio
+import operator
 import random
 import threading
 import time
 
 import pytest
+from architectures import ARCHITECTURES, METHODS, adapt
 from clusters import ADAPTERS, long, spread, submitted, wait_until
 from in_process import InProcess
 from served import SMALL, Asked, alone, config, double, family, requests
@@ -21,6 +24,7 @@ from lorakit.errors import (
     EngineError,
     EngineStoppedError,
     RequestError,
+    SupersededError,
 )
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.cluster import Cluster
@@ -46,9 +50,10 @@ def started(bank, tmp_path, request):
     """Starts clusters; what they leave behind is looked at in the end."""
     clusters = []
 
-    def start(policy=QUICK, engine=SMALL, **settings):
+    def start(policy=QUICK, engine=SMALL, beside=None, lease=60.0, prepare=lambda links: None, **settings):
         catalog = Catalog(bank, family()[0])
-        links = InProcess(lambda: MultiLoraModel(double()), catalog, engine)
+        links = InProcess(lambda: MultiLoraModel(double()), catalog, engine, beside, lease)
+        prepare(links)
         options = {"beat": 0.1, "silence": 5.0, "start_timeout": 60.0} | settings
         base = double()
         cluster = Cluster(
@@ -60,8 +65,8 @@ def started(bank, tmp_path, request):
             generation_config=base.generation_config,
             decode=text,
         )
-        cluster.start()
         clusters.append((cluster, links))
+        cluster.start()
         return cluster, links
 
     yield start
@@ -76,8 +81,15 @@ def at_rest(cluster, links):
     wait_until(lambda: not cluster._tenants.waiting and not cluster._tenants._running)
     wait_until(lambda: all(not replica.working_set for replica in cluster._dispatcher._replicas.values()))
     assert not any(cluster._dispatcher._fleet.sizes[1:])
+    assert not cluster.model._held and not cluster.model._leaving
     for link in links.serving:
         assert not link.worker.engine.stats().open
+
+
+def slowly(links):
+    """Has forwards take long enough for something to happen meanwhile."""
+    for link in links.serving:
+        link.worker.engine.model.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
 
 
 def cache_of(blocks):
@@ -218,6 +230,69 @@ def test_the_longest_request_that_is_taken_is_served(started):
     at_rest(cluster, links)
 
 
+def unlike(**configs):
+    """Has replicas be set up by their names, as on GPUs of several kinds."""
+
+    def prepare(links):
+        alike = links.config_of
+        links.config_of = lambda name: configs.get(name.replace("-", "_")) or alike(name)
+
+    return prepare
+
+
+def room_of(replica):
+    """The most tokens that one sequence may have there."""
+    return (replica.limits.blocks - 1) * replica.limits.block_tokens
+
+
+@pytest.mark.parametrize("small", ["replica_0", "replica_1"])
+def test_of_unlike_replicas_each_gets_what_it_holds(started, small):
+    few = config(cache_memory=cache_of(10), max_requests=2)
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=0.1, spare=0), prepare=unlike(**{small: few}))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    (little, large) = sorted(cluster._dispatcher.replicas, key=room_of)
+    assert little.name == small.replace("_", "-") and room_of(large) > room_of(little)
+    most = {little.id: 0, large.id: 0}
+
+    def look():
+        for replica in (little, large):
+            most[replica.id] = max(most[replica.id], replica.working_set)
+
+    hear = cluster._dispatcher._hear
+
+    def hear_and_look(*args):
+        hear(*args)
+        look()
+
+    cluster._dispatcher._hear = hear_and_look
+    long_ones = [cluster.submit([11] * room_of(little), max_new_tokens=8, ignore_eos=True) for _ in range(8)]
+    short_ones = [cluster.submit([11, 12], max_new_tokens=20, ignore_eos=True) for _ in range(8)]
+    assert [len(handle.result(60).token_ids) for handle in long_ones] == [8] * 8
+    assert [len(handle.result(60).token_ids) for handle in short_ones] == [20] * 8
+    assert 1 <= most[little.id] <= 2 < most[large.id] <= 6
+    at_rest(cluster, links)
+
+
+def test_what_is_too_long_for_the_replicas_that_are_left_holds_nobody_up(started):
+    few, more = config(cache_memory=cache_of(10)), config(cache_memory=cache_of(15))
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None), more, prepare=unlike(replica_0=few))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    with pytest.raises(RequestError, match=f"holds {cluster.capacity}"):
+        cluster.submit([11] * cluster.capacity, max_new_tokens=1)
+    little = min(map(room_of, cluster._dispatcher.replicas))
+    links.config_of = lambda name: few  # what comes in the place of the large one
+    (large,) = (link for link in links.serving if link.name == "replica-1")
+    slowly(links)
+    begun = cluster.submit([11, 12, 13], max_new_tokens=little, ignore_eos=True)
+    wait_until(lambda: begun.generated)
+    large.killed = True
+    wait_until(lambda: not begun.parts[0].begun)
+    assert len(cluster.submit([11, 12], max_new_tokens=3, ignore_eos=True).result(30).token_ids) == 3
+    with pytest.raises(EngineError, match=f"may have {little + 3} tokens, .* hold {little}"):
+        begun.result(30)
+    at_rest(cluster, links)
+
+
 def test_a_request_that_does_not_arrive_is_sent_again(started, monkeypatch):
     cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
     give, fails = links.give, iter([True, False])
@@ -265,6 +340,73 @@ def test_replicas_come_with_the_load_and_go_again(started, model):
     at_rest(cluster, links)
 
 
+@pytest.mark.parametrize("how", ["refused", "unanswered"])
+def test_a_scale_call_that_is_lost_is_made_again(started, how):
+    async def lost():
+        if how == "refused":
+            raise OSError("the network is down")
+        await asyncio.sleep(1e6)
+
+    cluster, links = started(Policy(least=1, most=2, linger=60.0, consolidate_every=None), silence=1.5)
+    links.lost_scales += [lost, lost]
+    cluster._dispatcher._call(cluster._dispatcher._scale, 2)
+    wait_until(lambda: cluster.stats().replicas == 2)
+    assert not links.lost_scales and links.counts[-1] == 2
+    at_rest(cluster, links)
+
+
+def test_replicas_that_cannot_begin_are_not_waited_for(started):
+    def cramped(links):
+        links.room = 1
+
+    cluster, links = started(prepare=cramped)
+    asked = long(24)
+    assert all(handle.result(60).token_ids for handle in submitted(cluster, asked))
+    assert max(links.counts) == 3 and cluster.stats().replicas == 1
+    wait_until(lambda: links.counts[-1] == 1)  # nobody waits, and they have not come
+    links.room = 2
+    assert all(handle.result(60).token_ids for handle in submitted(cluster, asked))
+    wait_until(lambda: len(links.ended) == 1)  # one came, and went again
+    at_rest(cluster, links)
+
+
+def test_a_server_that_was_away_does_not_give_up_its_replicas(started, model):
+    asked = long(6)
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None), silence=1.0)
+    wait_until(lambda: cluster.stats().replicas == 2)
+    slowly(links)
+    handles = submitted(cluster, asked)
+    wait_until(lambda: all(handle.generated for handle in handles))
+
+    def away():
+        time.sleep(1.5)
+        cluster._dispatcher._look_once(time.monotonic())  # before it hears what was told meanwhile
+
+    before = list(links.serving)
+    cluster._dispatcher._call(away)
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert links.serving == before and not any(handle.parts[0].deaths for handle in handles)
+    at_rest(cluster, links)
+
+
+def test_who_is_cancelled_while_nobody_can_serve_waits_no_more(started):
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
+    come, alike = threading.Event(), links.config_of
+    links.config_of = lambda name: alike(name) if come.wait(30) else None
+    slowly(links)
+    handles = [cluster.submit([11, 12], max_new_tokens=40, ignore_eos=True) for _ in range(9)]
+    wait_until(lambda: sum(handle.generated > 0 for handle in handles) == 6)
+    links.serving[0].killed = True
+    wait_until(lambda: cluster._tenants.waiting == 9)
+    for handle in handles[1:]:
+        handle.cancel()
+    wait_until(lambda: cluster._tenants.waiting == 1)
+    come.set()
+    assert len(handles[0].result(60).token_ids) == 40
+    at_rest(cluster, links)
+
+
 def test_replicas_end_under_load(started, model):
     """Ray Serve picks who ends: its sequences move, and none is lost."""
     asked = long(6)
@@ -284,6 +426,47 @@ def test_replicas_end_under_load(started, model):
     wait_until(lambda: cluster.stats().replicas == 1)
     assert sum(handle.parts[0].moves for handle in handles) > 2
     at_rest(cluster, links)
+
+
+def test_what_is_counted_never_falls(started):
+    cluster, links = started(Policy(least=3, most=3, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 3)
+
+    def counted():
+        stats = cluster.stats()
+        return (*stats.loads, stats.steps, stats.segments)
+
+    handles = submitted(cluster, long(12))
+    cluster._dispatcher._call(spread, cluster, handles)
+    assert all(handle.wait(60) for handle in handles)
+    at_rest(cluster, links)
+    done = [link.worker.engine.stats() for link in links.serving]
+    wait_until(lambda: counted()[-2:] == (sum(one.steps for one in done), sum(one.segments for one in done)))
+    before = counted()
+    assert all(before[:-3]), before
+    dies = links.serving[0]
+    dies.killed = True
+    wait_until(lambda: dies.name not in {replica.name for replica in cluster._dispatcher.replicas})
+    assert all(map(operator.ge, counted(), before))
+    cluster._dispatcher.policy = Policy(least=1, most=3, linger=60.0, consolidate_every=None)
+    cluster._dispatcher._call(cluster._dispatcher._scale, 1)
+    wait_until(lambda: cluster.stats().replicas == 1)
+    assert all(map(operator.ge, counted(), before))
+    at_rest(cluster, links)
+
+
+def test_what_a_drained_replica_did_last_is_counted(started):
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None), beat=60.0)
+    wait_until(lambda: cluster.stats().replicas == 2)
+    assert cluster.submit([11, 12], "lora", max_new_tokens=5, ignore_eos=True).result(30)
+    at_rest(cluster, links)
+    done = sum(link.worker.engine.stats().steps for link in links.serving)
+    assert done
+    cluster._dispatcher.policy = Policy(least=1, most=2, linger=60.0, consolidate_every=None)
+    links.first_to_go = max(links.serving, key=lambda link: link.worker.engine.stats().steps).name
+    cluster._dispatcher._call(cluster._dispatcher._scale, 1)
+    wait_until(lambda: cluster.stats().replicas == 1)
+    wait_until(lambda: cluster.stats().steps == done)
 
 
 def test_lightly_loaded_replicas_empty_out(started, model):
@@ -335,6 +518,75 @@ def test_stops_logprobs_and_several_sequences(started, model):
                     [top.id for top in place] for place in one[0].top_logprobs
                 ]
             assert all(each.queued is not None and each.times == tuple(sorted(each.times)) for each in many)
+    at_rest(cluster, links)
+
+
+def test_a_second_server_is_refused_and_touches_nothing(started):
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
+    with pytest.raises(EngineBusyError, match="another server"):
+        started(Policy(least=1, most=1, consolidate_every=None), beside=links)
+    assert links.serving and not links.ended
+    assert len(cluster.submit([11, 12, 13], max_new_tokens=3).result(30).token_ids) == 3
+    at_rest(cluster, links)
+
+
+def test_a_server_that_was_away_while_another_took_over_stops_and_touches_nothing(started, model):
+    asked = long(4)
+    expected = [alone(model, one) for one in asked]
+    first, old = started(Policy(least=2, most=2, consolidate_every=None), lease=0.5)
+    wait_until(lambda: first.stats().replicas == 2)
+    cut = submitted(first, [Asked((11, 12, 13), "lora", 60)] * 2)
+    awake = threading.Event()
+    first._dispatcher._call(awake.wait)  # its loop stands still, as of a process that was stopped
+    time.sleep(1.0)
+    second, links = started(Policy(least=2, most=2, consolidate_every=None), beside=old)
+    wait_until(lambda: second.stats().replicas == 2)
+    handles = submitted(second, asked)
+    there = list(links.serving)
+    told = list(links.counts)
+
+    def scale():  # all that it would have done by what it knows
+        dispatcher = first._dispatcher
+        dispatcher._scale(1)
+        for replica in dispatcher._replicas.values():
+            replica.link.kill()
+            dispatcher._spawn(replica.link.let_go())
+            dispatcher._spawn(replica.link.cancel(range(100)))
+            dispatcher._spawn(replica.link.forget(replica.link._worker.engine.model.adapters))
+
+    first._dispatcher._call(scale)
+    first._dispatcher.policy = Policy(least=1, most=2, consolidate_every=None)
+    awake.set()
+    for handle in cut:
+        with pytest.raises(SupersededError, match="taken over"):
+            handle.result(30)
+    assert first.state == "dead"
+    with pytest.raises(SupersededError, match="taken over"):
+        first.submit([11, 12, 13])
+    first.close()
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert links.serving == there and links.counts == told and not links.ended
+    assert not any(handle.parts[0].deaths + handle.parts[0].moves for handle in handles)
+    at_rest(second, links)
+
+
+def test_a_replica_whose_engine_begins_anew_is_met_later(started, monkeypatch):
+    """It says that it is busy, which is not what a second server is told."""
+    from lorakit.scheduler import dispatcher
+    from lorakit.scheduler.worker import Worker
+
+    monkeypatch.setattr(dispatcher, "_MEET_AGAIN", 0.1)
+    hello, met = Worker.hello, []
+
+    def hello_in_between(worker, term):
+        met.append(term)
+        worker.engine._state = "restarting" if len(met) < 3 else "ready"
+        return hello(worker, term)
+
+    monkeypatch.setattr(Worker, "hello", hello_in_between)
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
+    assert len(met) == 3
+    assert len(cluster.submit([11, 12, 13], max_new_tokens=3).result(30).token_ids) == 3
     at_rest(cluster, links)
 
 
@@ -392,6 +644,55 @@ def test_adapters_come_change_and_go_under_load(started, bank, model, tmp_path):
     cluster.model.load_adapter("lora")
     assert cluster.submit(prompt, "lora", max_new_tokens=8).result(30).token_ids == own["lora"]
     assert AdapterBank.open(bank.path).names == bank.names
+    at_rest(cluster, links)
+
+
+@pytest.mark.parametrize("end", ["unload", "replace"])
+@pytest.mark.parametrize("how", ["dies", "moves"])
+def test_what_has_begun_keeps_its_adapter_wherever_it_goes(started, how, end):
+    base, tenants = family()
+    new = adapt(base, 77, **METHODS["lora"](ARCHITECTURES["llama"]))  # the bank has none of this content
+    by_itself = MultiLoraModel(double())
+    by_itself.load_adapter("new", new)
+    expected = alone(by_itself, Asked((11, 12, 13), "new", 60))
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None))
+    wait_until(lambda: cluster.stats().replicas == 2)
+    cluster.model.load_adapter("new", new)
+    slowly(links)
+    handles = submitted(cluster, [Asked((11, 12, 13), "new", 60)] * 3)
+    wait_until(lambda: all(handle.generated for handle in handles))
+    if end == "unload":
+        cluster.model.unload_adapter("new")
+        with pytest.raises(AdapterNotFoundError):
+            cluster.submit((11, 12, 13), "new")
+    else:
+        cluster.model.load_adapter("new", tenants["rslora"], replace=True)
+    here = handles[0].parts[0].replica
+    (there,) = cluster._dispatcher._replicas.keys() - {here}
+    if how == "dies":
+        links.links[cluster._dispatcher._replicas[here].name].killed = True
+    else:
+        for handle in handles:
+            cluster._dispatcher._call(cluster._dispatcher._move, handle.parts[0], there)
+    assert [handle.result(60).token_ids for handle in handles] == [expected] * 3
+    assert any(handle.parts[0].moves + handle.parts[0].deaths for handle in handles), "nothing moved"
+    key = handles[0].parts[0].known.name
+    wait_until(lambda: not any(key in link.worker.engine.model.adapters for link in links.serving))
+    wait_until(lambda: not any(key in replica.knows for replica in cluster._dispatcher.replicas))
+    wait_until(lambda: len(list(cluster.model.folders[1].glob("*/bank.json"))) == (end == "replace"))
+    at_rest(cluster, links)
+
+
+def test_what_waits_gets_the_adapter_that_there_is_by_then(started, model):
+    cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
+    _, tenants = family()
+    cluster.model.load_adapter("new", tenants["lora"])
+    busy = submitted(cluster, long(cluster._dispatcher._limits.batch))
+    waits = [cluster.submit((11, 12, 13), "new", max_new_tokens=8) for _ in range(2)]
+    cluster.model.load_adapter("new", tenants["rslora"], replace=True)
+    expected = alone(model, Asked((11, 12, 13), "rslora", 8))
+    assert [handle.result(60).token_ids for handle in waits] == [expected] * 2
+    assert all(handle.wait(60) for handle in busy)
     at_rest(cluster, links)
 
 

@@ -226,3 +226,21 @@ def test_a_policy_that_makes_no_sense_is_refused(settings, words):
         Policy(**settings)
     with pytest.raises(ConfigError, match="batch is 0"):
         Limits(batch=0)
+
+
+def test_of_unlike_replicas_each_ones_own_limits_count():
+    small, large = Limits(2, 8, 16), Limits(6, 100, 32)
+    fleet = Fleet(1)
+    held = ReplicaView(0, requests(0, 2), 6, limits=small), ReplicaView(1, requests(2, 1), 99, limits=large)
+    for one in held:
+        fleet.add(one)
+    request = RequestView(9, 0.0, 64)
+    assert route(fleet, request, LIMITS, Policy()) == 1  # the fuller one has no place
+    assert route(fleet, request, LIMITS, Policy(), among=0b01) is None
+    assert fits(ReplicaView(0, (), 5, limits=small), request, LIMITS, Policy())  # 4 blocks and 1 more
+    assert not fits(ReplicaView(0, (), 4, limits=small), request, LIMITS, Policy())
+    assert fits(ReplicaView(1, (), 3, limits=large), request, LIMITS, Policy())
+    policy = Policy(light=1.0, consolidate_below=1.0, spare=0)
+    (move,) = consolidate([held[1], ReplicaView(2, requests(3, 5), 50, limits=large)], 0, LIMITS, policy)
+    assert (move.source, move.target) == (1, 2)  # beyond the four of `LIMITS`
+    assert consolidate(held, 0, LIMITS, policy) == []

@@ -59,6 +59,30 @@ def test_a_fair_queues_head_is_not_passed_and_who_was_evicted_goes_first():
     assert list(drain(queue)) == [9, 0, 1, 2]
 
 
+def test_who_leaves_a_fair_queue_does_so_at_once_wherever_it_waits():
+    queue = FairFcfs(lambda request: request.adapter, quantum=100)
+    first, *others = (request(key) for key in range(3))
+    evicted = [request(key, arrival=key - 9, placed=True) for key in (7, 8, 9)]
+    for one in (first, *others):
+        queue.add(one)
+    assert list(queue.heads()) == [first]  # its turn has come
+    for one in evicted:
+        queue.add(one)
+    for left, gone in enumerate((evicted[1], first, others[0]), start=1):
+        assert queue.remove(gone) and not queue.remove(gone)
+        assert len(queue) == 6 - left
+    assert list(drain(queue)) == [7, 9, 2]
+
+
+def test_who_leaves_when_its_turn_has_come_is_not_charged():
+    queue = FairFcfs(lambda request: request.adapter, quantum=100)
+    for key in range(4):
+        queue.add(request(key, adapter=key % 2, cost=100))
+    (head,) = queue.heads()
+    assert queue.remove(head)
+    assert [key for key, _ in zip(drain(queue), range(2), strict=False)] == [2, 1]
+
+
 def test_of_each_adapter_the_oldest_may_be_next():
     queue = FcfsEach()
     for key, adapter in enumerate((3, 3, 5, 4, 5)):

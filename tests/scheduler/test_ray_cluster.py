@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -217,31 +218,60 @@ def test_a_replica_that_cannot_begin_says_why(bank, tmp_path):
         cluster_of(bank, partial(make_picky, str(tmp_path / "nothing here"))).start()
 
 
-def test_the_router_is_killed_and_another_takes_over(bank, model, tmp_path):
-    """The server's process dies: its replicas drop what it asked, and serve the next one."""
-    settings = RaySettings(gpus=0, cpus=1.0, lease=2.0)
+@contextmanager
+def fronted(bank, away=0.0):
+    """A server in a process of its own, which streams, and then is away for so many seconds."""
     address = ray.get_runtime_context().gcs_address
     front = subprocess.Popen(
-        [sys.executable, str(HERE / "front.py"), address, str(bank.path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(HERE / "front.py"), address, str(bank.path), str(away)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert front.stdout is not None and front.stdout.readline().strip() == "streaming"
-        before = {process.pid for process in processes("ray::EngineActor")}
+        yield front
+    finally:
+        front.kill()
+        front.wait(10)
+
+
+FRONTED = RaySettings(gpus=0, cpus=1.0, lease=2.0)
+
+
+def engines():
+    return {process.pid for process in processes("ray::EngineActor")}
+
+
+def test_the_router_is_killed_and_another_takes_over(bank, model, tmp_path):
+    """The server's process dies: its replicas drop what it asked, and serve the next one."""
+    with fronted(bank) as front:
+        before = engines()
         front.send_signal(signal.SIGKILL)
         front.wait(10)
-        time.sleep(2 * settings.lease)
+        time.sleep(2 * FRONTED.lease)
         asked = long(8)
         expected = [alone(model, one) for one in asked]
         started = time.monotonic()
-        with cluster_of(bank, settings=settings, policy=Policy(least=1, most=1)) as cluster:
+        with cluster_of(bank, settings=FRONTED, policy=Policy(least=1, most=1)) as cluster:
             assert time.monotonic() - started < 10, "the replicas were begun anew"
             check(submitted(cluster, asked), expected)
             stats = cluster.stats()
             assert stats.replicas == 1
-            wait_until(lambda: [one.stats and one.stats.open for one in cluster._dispatcher.replicas] == [0])
-            assert {process.pid for process in processes("ray::EngineActor")} <= before
-    finally:
-        front.kill()
+            wait_until(lambda: [one.stats.open for one in cluster._dispatcher.replicas] == [0])
+            assert engines() <= before
+
+
+def test_a_server_that_was_away_while_another_took_over_touches_nothing(bank, model):
+    asked = long(8)
+    expected = [alone(model, one) for one in asked]
+    with fronted(bank, away=15.0) as front:
+        time.sleep(2 * FRONTED.lease)
+        with cluster_of(bank, settings=FRONTED, policy=Policy(least=1, most=1)) as cluster:
+            before = engines()
+            handles = submitted(cluster, asked)
+            assert front.stdout.readline().strip() == "SupersededError"
+            assert front.stdout.readline().strip() == "closed"
+            check(handles, expected)
+            check(submitted(cluster, asked), expected)
+            assert engines() == before and not any(handle.parts[0].deaths for handle in handles)
 
 
 @pytest.mark.parametrize("seed", range(3))
