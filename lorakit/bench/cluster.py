@@ -7,8 +7,8 @@ it is a process with one thread and a tiny Llama, which tries the cluster and sa
 
 The costs that the simulator is told, and by which the load is chosen, are a saved fit for the GPU if there is one; else
 the forwards of replicas are measured first, of as many at the same time as there will be. The time that a replica takes
-to start is that of the real run. A second simulation has all forwards take so many times longer that times between
-tokens are the real run's: what then still differs is no matter of costs.
+to start is that of the real run. A second simulation has all forwards take so many times longer that the mean time
+between tokens is the real run's: what then still differs is no matter of costs.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ SMALL = Llama(
 )
 """The base where there is no GPU."""
 
-_PROCESSES = Setting(replicas=2, batch=8, tokens=256, seconds=180.0, shorter=16, linger=10.0, consolidate_every=2.0)
+_PROCESSES = Setting(
+    replicas=2, batch=8, tokens=256, seconds=180.0, share=0.8, shorter=16, linger=10.0, consolidate_every=2.0
+)
 
 
 def run(folder: Path) -> None:
@@ -189,7 +191,7 @@ def measure(clusters: Sequence[Callable[[], Cluster]], names: Sequence[str], lla
         )
 
     with ExitStack() as opened, ThreadPoolExecutor(len(clusters)) as pool:
-        started = list(pool.map(lambda make: opened.enter_context(make()), clusters))
+        started = [opened.enter_context(make()) for make in clusters]  # one by one, as Serve begins with the first
         return engine_costs.costs_of(pool.map(one, started))
 
 
@@ -226,7 +228,7 @@ def compare(
     outcome = play(Punica(setting.policy, limits), hardware)
     real, factor, slowed = open_loop.summary(run), 1.0, outcome
     for _ in range(3):  # batches are others when forwards take longer
-        factor *= real["between_tokens_ms"]["p50"] / _numbers(slowed)["between_tokens_ms"]["p50"]
+        factor *= max(1e-3, real["between_tokens_ms"]["mean"]) / _numbers(slowed)["between_tokens_ms"]["mean"]
         slowed = play(Punica(setting.policy, limits), replace(hardware, costs=hardware.costs.times(factor)))
     pictures = {
         REAL: open_loop.thinned(open_loop.numbered(run.samples), every),
@@ -288,10 +290,10 @@ def report(
     results: dict[str, Any],
     pictures: dict[str, list[Sample]],
 ) -> None:
-    """Saves a cell and its plot, and prints all cells."""
+    """Saves a cell and its plot, and prints it."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
     cell = f"{setting.replicas} x {where}"
-    path, cells = save_cells("cluster", folder, cell, {**llama.as_json(), **setting._asdict()}, results)
+    path, _ = save_cells("cluster", folder, cell, {**llama.as_json(), **setting._asdict()}, results)
     shape = f"{llama.shape['num_hidden_layers']} layers of {llama.shape['hidden_size']}"
     values = requested(asked, _window(setting))
     fleets(
@@ -301,24 +303,19 @@ def report(
         pictures,
         setting.batch,
     )
-    rows = [
-        [cell, kind, *(shown(content["results"][kind]) for shown in _COLUMNS.values())]
-        for cell, content in cells.items()
-        for kind in (REAL, SIMULATED, SLOWED)
-    ]
-    show("A load that rises and falls", ["", "", *(name.strip() for name in _COLUMNS)], rows, path)
+    rows = [[kind, *(shown(results[kind]) for shown in _COLUMNS.values())] for kind in (REAL, SIMULATED, SLOWED)]
+    show(cell, ["", *(name.strip() for name in _COLUMNS)], rows, path)
 
 
 _COLUMNS = {
     "answered": lambda one: f"{one['answered']:,}",
     "GPU-hours": lambda one: f"{one['gpu_hours']:.3f}",
     "tokens/s": lambda one: f"{one['tokens_per_s']:.0f}",
-    "first token p50 s": lambda one: f"{one['first_token_s']['p50']:.3f}",
-    "p99 s": lambda one: f"{one['first_token_s']['p99']:.2f}",
-    "between tokens p50 ms": lambda one: f"{one['between_tokens_ms']['p50']:.1f}",
-    "p99 ms": lambda one: f"{one['between_tokens_ms']['p99']:.1f}",
+    "first token p50": lambda one: f"{one['first_token_s']['p50']:.3f} s",
+    "p99": lambda one: f"{one['first_token_s']['p99']:.2f} s",
+    "between tokens p50": lambda one: f"{one['between_tokens_ms']['p50']:.1f} ms",
+    "p99 ": lambda one: f"{one['between_tokens_ms']['p99']:.1f} ms",
     "moves": lambda one: str(one["moves"]),
-    "GPUs started": lambda one: str(one["gpus_started"]),
 }
 
 
@@ -376,7 +373,10 @@ def _windows_of(run: Run, setting: Setting) -> dict[str, list[float]]:
 
 def _numbers(outcome: Outcome) -> dict[str, Any]:
     found = summary(outcome)
-    return {**found, "answered": found["requests"], "between_tokens_ms": gap_quantiles(outcome.counts.gaps or ())}
+    taken = sum(end - job.first for job, end in zip(outcome.jobs, outcome.finished, strict=True))
+    mean = taken / max(1, sum(job.new_tokens - 1 for job in outcome.jobs)) / SECOND * 1e3
+    gaps = {**gap_quantiles(outcome.counts.gaps or ()), "mean": mean}
+    return {**found, "answered": found["requests"], "between_tokens_ms": gaps}
 
 
 def _series(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def summary(run: Run) -> dict[str, Any]:
         "most_gpus": max(gpus),
         "gpus_started": sum(max(0, later - before) for before, later in itertools.pairwise(gpus)),
         "first_token_s": quantiles(np.array([one.times[0] - one.arrival for one in answered])),
-        "between_tokens_ms": quantiles(1e3 * gaps),
+        "between_tokens_ms": {**quantiles(1e3 * gaps), "mean": 1e3 * float(gaps.mean()) if len(gaps) else 0.0},
         "request_s": quantiles(np.array([one.times[-1] - one.arrival for one in answered])),
         "moves": sum(one.moves for one in run.served),
         "evictions": sum(one.evictions for one in run.served),
