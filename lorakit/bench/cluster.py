@@ -17,7 +17,7 @@ import importlib.util
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -165,8 +165,8 @@ def run_cell(folder: Path, llama: Llama, setting: Setting) -> None:
                 costs = read_costs(setting.costs)
             say("cluster: starts the first replica")
             with on_ray(setting) as cluster:
-                asked, results, pictures = compare(cluster, bank.names, llama, setting, costs)
-    report(folder, llama, setting, asked, results, pictures)
+                results = compare(cluster, bank.names, llama, setting, costs)
+    report(folder, llama, setting, results)
 
 
 def cluster_of(links: Any, catalog: Catalog, llama: Llama, setting: Setting) -> Cluster:
@@ -195,9 +195,7 @@ def measure(clusters: Sequence[Callable[[], Cluster]], names: Sequence[str], lla
         return engine_costs.costs_of(pool.map(one, started))
 
 
-def compare(
-    cluster: Cluster, names: Sequence[str], llama: Llama, setting: Setting, costs: Costs
-) -> tuple[list[Asked], dict[str, Any], dict[str, list[Sample]]]:
+def compare(cluster: Cluster, names: Sequence[str], llama: Llama, setting: Setting, costs: Costs) -> dict[str, Any]:
     """Serves a trace for real and simulates it.
 
     Args:
@@ -208,7 +206,7 @@ def compare(
         costs: of a replica's forwards.
 
     Returns:
-        The trace; all results; the samples of both runs, thinned.
+        What is saved: both runs, and the simulation as slow as the real one, in numbers and over time.
     """
     limits = cluster.limits
     hardware = Hardware(costs, slots=max(setting.adapters, limits.batch), ranks=(llama.rank,))
@@ -230,12 +228,7 @@ def compare(
     for _ in range(3):  # batches are others when forwards take longer
         factor *= max(1e-3, real["between_tokens_ms"]["mean"]) / _numbers(slowed)["between_tokens_ms"]["mean"]
         slowed = play(Punica(setting.policy, limits), replace(hardware, costs=hardware.costs.times(factor)))
-    pictures = {
-        REAL: open_loop.thinned(open_loop.numbered(run.samples), every),
-        SIMULATED: outcome.samples,
-        SLOWED: slowed.samples,
-    }
-    results = {
+    return {
         "requests": len(asked),
         "adapters_asked_for": len({one.adapter for one in asked}),
         "capacity_of_a_replica_per_s": able,
@@ -251,10 +244,11 @@ def compare(
         SLOWED: {**_numbers(slowed), "first_tokens_s": over_time(slowed, _window(setting))},
         "series": {
             "requested_per_s": {"every_s": _window(setting), "values": requested(asked, _window(setting))},
-            **{name: _series(samples) for name, samples in pictures.items()},
+            REAL: _series(open_loop.thinned(open_loop.numbered(run.samples), every)),
+            SIMULATED: _series(outcome.samples),
+            SLOWED: _series(slowed.samples),
         },
     }
-    return asked, results, pictures
 
 
 def capacity(setting: Setting, hardware: Hardware, limits: Limits) -> float:
@@ -282,34 +276,34 @@ def requested(asked: Sequence[Asked], seconds: float) -> list[float]:
     return [count / seconds for count in counts]
 
 
-def report(
-    folder: Path,
-    llama: Llama,
-    setting: Setting,
-    asked: Sequence[Asked],
-    results: dict[str, Any],
-    pictures: dict[str, list[Sample]],
-) -> None:
+def report(folder: Path, llama: Llama, setting: Setting, results: dict[str, Any]) -> None:
     """Saves a cell and its plot, and prints it."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
     cell = f"{setting.replicas} x {where}"
-    path, _ = save_cells("cluster", folder, cell, {**llama.as_json(), **setting._asdict()}, results)
-    shape = f"{llama.shape['num_hidden_layers']} layers of {llama.shape['hidden_size']}"
-    values = requested(asked, _window(setting))
-    fleets(
-        path.with_name(f"cluster_{cell.lower().replace(' ', '_')}.png"),
-        f"{cell}, a Llama of {shape}, {len(asked):,} requests",
-        ([_window(setting) * (place + 0.5) for place in range(len(values))], values),
-        pictures,
-        setting.batch,
-    )
+    path, cells = save_cells("cluster", folder, cell, {**llama.as_json(), **setting._asdict()}, results)
+    draw(folder, cell, cells[cell])
     rows = [[kind, *(shown(results[kind]) for shown in _COLUMNS.values())] for kind in (REAL, SIMULATED, SLOWED)]
     show(cell, ["", *(name.strip() for name in _COLUMNS)], rows, path)
 
 
+def draw(folder: Path, cell: str, saved: Mapping[str, Any]) -> None:
+    """Draws a cell as it is saved."""
+    setting, series, environment = saved["setting"], saved["results"]["series"], saved["environment"]
+    load = series["requested_per_s"]
+    shape = f"a Llama of {setting['shape']['num_hidden_layers']} layers of {setting['shape']['hidden_size']}"
+    host = "" if environment["gpu"] else f" ({environment['cores']} cores of an {environment['cpu']})"
+    fleets(
+        folder / f"cluster_{cell.lower().replace(' ', '_')}.png",
+        f"{cell}{host}, {shape}, {saved['results']['requests']:,} requests",
+        ([load["every_s"] * (place + 0.5) for place in range(len(load["values"]))], load["values"]),
+        {name: _samples(series[name]) for name in (REAL, SIMULATED, SLOWED)},
+        setting["batch"],
+    )
+
+
 _COLUMNS = {
     "answered": lambda one: f"{one['answered']:,}",
-    "GPU-hours": lambda one: f"{one['gpu_hours']:.3f}",
+    "replica-hours": lambda one: f"{one['gpu_hours']:.3f}",
     "tokens/s": lambda one: f"{one['tokens_per_s']:.0f}",
     "first token p50": lambda one: f"{one['first_token_s']['p50']:.3f} s",
     "p99": lambda one: f"{one['first_token_s']['p99']:.2f} s",
@@ -362,6 +356,29 @@ def _in_a_process(work: Callable[..., None], *args: Any) -> None:
 # ---- results
 
 
+def _series(samples: Sequence[Sample]) -> dict[str, Any]:
+    replicas = sorted({number for sample in samples for number in sample.working_sets})
+    return {
+        "seconds": [round(sample.seconds, 2) for sample in samples],
+        "replicas": [sample.gpus for sample in samples],
+        "waiting": [sample.waiting for sample in samples],
+        "working_sets": {str(one): [sample.working_sets.get(one) for sample in samples] for one in replicas},
+    }
+
+
+def _samples(series: dict[str, Any]) -> list[Sample]:
+    """The samples of a series that was saved."""
+    sets = series["working_sets"]
+    return [
+        Sample(
+            second, count, waiting, {int(one): sizes[place] for one, sizes in sets.items() if sizes[place] is not None}
+        )
+        for place, (second, count, waiting) in enumerate(
+            zip(series["seconds"], series["replicas"], series["waiting"], strict=True)
+        )
+    ]
+
+
 def _window(setting: Setting) -> float:
     return setting.seconds / 60
 
@@ -377,13 +394,3 @@ def _numbers(outcome: Outcome) -> dict[str, Any]:
     mean = taken / max(1, sum(job.new_tokens - 1 for job in outcome.jobs)) / SECOND * 1e3
     gaps = {**gap_quantiles(outcome.counts.gaps or ()), "mean": mean}
     return {**found, "answered": found["requests"], "between_tokens_ms": gaps}
-
-
-def _series(samples: Sequence[Sample]) -> dict[str, Any]:
-    gpus = sorted({number for sample in samples for number in sample.working_sets})
-    return {
-        "seconds": [round(sample.seconds, 2) for sample in samples],
-        "gpus": [sample.gpus for sample in samples],
-        "waiting": [sample.waiting for sample in samples],
-        "working_sets": {str(gpu): [sample.working_sets.get(gpu) for sample in samples] for gpu in gpus},
-    }

@@ -76,7 +76,7 @@ def fleets(
     runs: Mapping[str, Sequence[Sample]],
     limit: int,
 ) -> None:
-    """A load over time, the GPUs that each run had in use, and the working sets of each.
+    """A load over time, the replicas that each run had in use, and the working sets of each.
 
     Args:
         path: of the picture.
@@ -90,8 +90,8 @@ def fleets(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    gpus = max(map(gpus_in, runs.values()))
-    heights = [1.6, 1.4, *[0.5 + 0.22 * gpus] * len(runs)]
+    replicas = max(map(gpus_in, runs.values()))
+    heights = [1.6, 1.4, *[0.5 + 0.22 * replicas] * len(runs)]
     figure, (rate, used, *sets) = pyplot.subplots(
         len(heights),
         1,
@@ -108,16 +108,17 @@ def fleets(
         minutes = [sample.seconds / 60 for sample in samples]
         in_use = [sample.gpus for sample in samples]
         used.step(minutes, in_use, style, where="post", color=color, label=name)
-    used.set_ylabel("GPUs in use")
-    used.set_ylim(0, gpus + 0.5)
+    used.set_ylabel("replicas in use")
+    used.set_ylim(0, replicas + 0.5)
     used.legend(ncols=3)
     for axes in (rate, used):
         axes.spines[["top", "right"]].set_visible(False)
     shown = None
     for axes, (name, samples) in zip(sets, runs.items(), strict=True):
-        shown = draw_working_sets(axes, samples, gpus, limit)
+        shown = draw_working_sets(axes, samples, replicas, limit)
+        axes.set_ylabel("replica")
         axes.set_title(f"{name}: working sets", fontsize="medium")
-        axes.set_yticks(range(gpus) if gpus <= 8 else range(0, gpus, 4))
+        axes.set_yticks(range(replicas) if replicas <= 8 else range(0, replicas, 4))
     figure.colorbar(shown, ax=sets, label="requests")
     sets[-1].set_xlabel("minutes")
     figure.savefig(path, dpi=110)

@@ -118,7 +118,7 @@ def _draw_working_sets(path: Path, outcome: Outcome, name: str) -> None:
     gpus = gpus_in(outcome.samples)
     figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.16 * min(gpus, 40)), layout="constrained")
     figure.colorbar(draw_working_sets(axis, outcome.samples, gpus), label="working set")
-    axis.set(xlabel="minutes", title=name)
+    axis.set(xlabel="minutes", ylabel="GPU", title=name)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -147,7 +147,6 @@ def draw_working_sets(axis: Any, samples: Sequence[Sample], gpus: int, most: int
         for number, size in sample.working_sets.items():
             image[number, place] = size
     extent = (0, samples[-1].seconds / 60, -0.5, gpus - 0.5)
-    axis.set_ylabel("GPU")
     return axis.imshow(image, aspect="auto", origin="lower", interpolation="nearest", extent=extent, vmin=0, vmax=most)
 
 
