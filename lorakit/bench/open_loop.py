@@ -29,6 +29,7 @@ class Served(NamedTuple):
     Attributes:
         arrival: when it was to be submitted.
         late: by how many seconds it was later.
+        begun_in: seconds from being given to its replica until its first token; None if it moved or has none.
         times: when its tokens came.
         replicas: that it was given to, in order.
         moves: how often it was moved.
@@ -38,6 +39,7 @@ class Served(NamedTuple):
 
     arrival: float
     late: float
+    begun_in: float | None
     times: tuple[float, ...]
     replicas: tuple[int, ...]
     moves: int
@@ -103,15 +105,17 @@ def serve(
 
 def _served(one: Asked, handle: RequestHandle | LorakitError, began: float) -> Served:
     if not isinstance(handle, RequestHandle):
-        return Served(one.arrival, 0.0, (), (), 0, 0, _told(handle))
+        return Served(one.arrival, 0.0, None, (), (), 0, 0, _told(handle))
     (flight,) = handle.parts
     assert isinstance(flight, Flight)
     completion, error = handle.completion(), handle.error
     submitted = handle.submitted - began
     told = None if completion is not None else "it has not ended" if error is None else _told(error)
+    stayed = len(flight.been) == 1
     return Served(
         one.arrival,
         submitted - one.arrival,
+        handle.submitted + completion.times[0] - flight.given if completion is not None and stayed else None,
         () if completion is None else tuple(submitted + time for time in completion.times),
         tuple(flight.been),
         flight.moves,
@@ -215,6 +219,7 @@ def summary(run: Run) -> dict[str, Any]:
         "gpus_started": sum(max(0, later - before) for before, later in itertools.pairwise(gpus)),
         "first_token_s": quantiles(np.array([one.times[0] - one.arrival for one in answered])),
         "between_tokens_ms": {**quantiles(1e3 * gaps), "mean": 1e3 * float(gaps.mean()) if len(gaps) else 0.0},
+        "begun_in_ms": quantiles(np.array([1e3 * one.begun_in for one in answered if one.begun_in is not None])),
         "request_s": quantiles(np.array([one.times[-1] - one.arrival for one in answered])),
         "moves": sum(one.moves for one in run.served),
         "evictions": sum(one.evictions for one in run.served),

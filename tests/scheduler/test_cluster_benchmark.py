@@ -97,6 +97,7 @@ def test_every_request_is_told_of(cluster, bank):
     for one, served in zip(asked, run.served, strict=True):
         assert served.error is None and served.arrival == one.arrival and served.late >= 0
         assert len(served.times) == one.new_tokens and served.times[0] >= one.arrival
+        assert served.moves + served.evictions or 0 < served.begun_in <= served.times[0] - one.arrival
         assert len(served.replicas) == 1 + served.moves + served.evictions
     # Refused, and told so.
     cluster._tenants.change("all", ClusterConfig().default_tenant.__class__(max_waiting=1))
@@ -146,14 +147,15 @@ def test_replicas_are_numbered_as_gpus_are():
 def test_a_runs_gpu_hours_and_latencies():
     samples = [Sample(0.1 * place, 1 if place < 10 else 2, 0, {0: 1}) for place in range(1, 20)]
     served = [
-        Served(0.0, 0.0, (0.5, 0.6, 0.8), (0,), 0, 0, None),
-        Served(0.2, 0.0, (), (0, 1), 1, 0, "EngineError: lost"),
+        Served(0.0, 0.0, 0.4, (0.5, 0.6, 0.8), (0,), 0, 0, None),
+        Served(0.2, 0.0, None, (), (0, 1), 1, 0, "EngineError: lost"),
     ]
     run = Run(served, samples, 2.0)
     assert open_loop.gpu_seconds(run) == pytest.approx(1.0 + 2.0)
     found = open_loop.summary(run)
     assert (found["answered"], found["errors"], found["moves"], found["on_several_replicas"]) == (1, 1, 1, 1)
     assert found["first_token_s"]["p50"] == 0.5 and found["gpus_started"] == 1
+    assert found["begun_in_ms"]["p50"] == 400
     assert found["between_tokens_ms"]["p50"] == pytest.approx(150)
     thinned = open_loop.thinned(samples, 0.5)
     assert all(0.4 < later.seconds - before.seconds < 0.6 for before, later in pairwise(thinned)) and len(thinned) == 4
