@@ -8,6 +8,7 @@ from pathlib import Path
 from lorakit.bench import (
     adapter_load,
     bank_open,
+    cluster,
     cpu_decode,
     cpu_engine,
     engine_adapters,
@@ -37,4 +38,5 @@ BENCHMARKS: Mapping[str, Callable[[Path], None]] = {
     "export": export.run,
     "simulator": simulator.run,
     "scheduler-hour": scheduler_hour.run,
+    "cluster": cluster.run,
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+
+from lorakit.scheduler.report import draw_working_sets, gpus_in
+from lorakit.scheduler.sample import Sample
 
 OURS, THEIRS = "#4c72b0", "#c44e52"
 
@@ -62,5 +65,61 @@ def curves(path: Path, parameters: Mapping[str, Mapping[str, Mapping[str, float]
         other.set_ylabel(right.replace("_", " "), color=THEIRS)
     for axes in panels.flat[count:]:
         axes.set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def fleets(
+    path: Path,
+    title: str,
+    load: tuple[Sequence[float], Sequence[float]],
+    runs: Mapping[str, Sequence[Sample]],
+    limit: int,
+) -> None:
+    """A load over time, the replicas that each run had in use, and the working sets of each.
+
+    Args:
+        path: of the picture.
+        title: names the hardware.
+        load: seconds, and requests a second there.
+        runs: name → samples at even distances.
+        limit: requests of a working set at most.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    replicas = max(map(gpus_in, runs.values()))
+    heights = [1.6, 1.4, *[0.5 + 0.22 * replicas] * len(runs)]
+    figure, (rate, used, *sets) = pyplot.subplots(
+        len(heights),
+        1,
+        figsize=(9, 1.0 + sum(heights)),
+        sharex=True,
+        layout="constrained",
+        height_ratios=heights,
+    )
+    rate.set_title(title)
+    rate.plot([second / 60 for second in load[0]], list(load[1]), color="black")
+    rate.set_ylabel("requests/s")
+    rate.set_ylim(bottom=0)
+    for (name, samples), color, style in zip(runs.items(), (OURS, THEIRS, THEIRS), ("-", "--", ":"), strict=False):
+        minutes = [sample.seconds / 60 for sample in samples]
+        in_use = [sample.gpus for sample in samples]
+        used.step(minutes, in_use, style, where="post", color=color, label=name)
+    used.set_ylabel("replicas in use")
+    used.set_ylim(0, replicas + 0.5)
+    used.legend(ncols=3)
+    for axes in (rate, used):
+        axes.spines[["top", "right"]].set_visible(False)
+    shown = None
+    for axes, (name, samples) in zip(sets, runs.items(), strict=True):
+        shown = draw_working_sets(axes, samples, replicas, limit)
+        axes.set_ylabel("replica")
+        axes.set_title(f"{name}: working sets", fontsize="medium")
+        axes.set_yticks(range(replicas) if replicas <= 8 else range(0, replicas, 4))
+    figure.colorbar(shown, ax=sets, label="requests")
+    sets[-1].set_xlabel("minutes")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

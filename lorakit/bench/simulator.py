@@ -29,7 +29,8 @@ from lorakit.workloads import adapters_of, punica_hour, punica_lengths, trace
 RATE = 85 / 16
 """Requests a second and GPU when the load is highest."""
 
-_COSTS = {"NVIDIA H100 80GB HBM3": "h100-llama-2-7b", "NVIDIA H200": "h200-llama-2-7b"}
+COSTS = {"NVIDIA H100 80GB HBM3": "h100-llama-2-7b", "NVIDIA H200": "h200-llama-2-7b"}
+"""GPU → the fit for Llama-2-7B on it."""
 
 
 def run(folder: Path, *, fleets: Mapping[int, float] | None = None, runs: int = 3) -> None:
@@ -90,10 +91,10 @@ def compare(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     found = {}
     for name, cell in json.loads(path.read_text(encoding="utf-8"))["cells"].items():
         popularity, gpu = name.split(", ")[0], name.split(", ")[-1]
-        if gpu in _COSTS:
+        if gpu in COSTS:
             found[name] = {
                 "measured": _measured(cell["results"]),
-                "simulated": _replay(cell["setting"], popularity, _COSTS[gpu]),
+                "simulated": _replay(cell["setting"], popularity, COSTS[gpu]),
             }
     return found
 

@@ -33,6 +33,8 @@ from lorakit.scheduler.dispatcher import Dispatcher
 from lorakit.scheduler.flight import Flight
 from lorakit.scheduler.links import Links
 from lorakit.scheduler.policy import Policy
+from lorakit.scheduler.sample import Sample
+from lorakit.scheduler.snapshot import Limits
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +106,12 @@ class Cluster:
         """The most tokens that one sequence may have, its prompt included, on the largest replica."""
         self._check_running()
         return self._dispatcher.capacity
+
+    @property
+    def limits(self) -> Limits:
+        """What each replica holds."""
+        self._check_running()
+        return self._dispatcher.limits
 
     def start(self) -> Self:
         """Has the first replicas begin, and serves when one of them does.
@@ -201,6 +209,14 @@ class Cluster:
             tenants=self._requests.tenants(),
             replicas=len(replicas),
         )
+
+    def sample(self, since: float = 0.0) -> Sample:
+        """The replicas now, as a simulation samples them.
+
+        Args:
+            since: from when on its seconds are counted, by `time.monotonic`.
+        """
+        return self._dispatcher.sample(since)
 
     def _check_running(self) -> None:
         if self._state == "ready" and self._dispatcher.superseded is not None:

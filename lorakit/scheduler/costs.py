@@ -58,6 +58,13 @@ class Costs:
             if type(value) is not int or value < least:
                 raise ConfigError(f"the cost {field.name} is {value!r}; give a whole number of at least {least}.")
 
+    def times(self, factor: float) -> Costs:
+        """Forwards that take so many times as long; loads and starts as they are."""
+        kept = ("load", "start", "prompt_budget")
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in kept}
+        longer = {name: round(value * factor) for name, value in values.items()}
+        return dataclasses.replace(self, **{**longer, "step": max(1, longer["step"])})
+
     def forward(self, rows: int, context: int, ranks: int, prompt: int = 0) -> int:
         """A forward of so many decoded rows, beside prompts of so many tokens (0: none)."""
         found = self.step + self.row * rows + self.context * context

@@ -44,6 +44,7 @@ from lorakit.scheduler.live import LiveReplica
 from lorakit.scheduler.messages import Ending, Given, Hello, News
 from lorakit.scheduler.policy import Policy, consolidate, may_release, newest, route, scale_up
 from lorakit.scheduler.queues import FairFcfs
+from lorakit.scheduler.sample import Sample
 from lorakit.scheduler.snapshot import Limits
 from lorakit.scheduler.totals import Totals
 
@@ -137,6 +138,21 @@ class Dispatcher:
     def replicas(self) -> list[LiveReplica]:
         """The replicas, to be looked at."""
         return list(self._replicas.values())
+
+    @property
+    def limits(self) -> Limits:
+        """What the replica holds that came last."""
+        return self._limits
+
+    def sample(self, since: float) -> Sample:
+        """The cluster now; see `Cluster.sample`."""
+        replicas, serving = self.replicas, len(self._fleet)
+        return Sample(
+            seconds=time.monotonic() - since,
+            gpus=max(0, len(replicas) - serving) + max(self._target, serving),
+            waiting=len(self._queue),
+            working_sets={replica.id: replica.working_set for replica in replicas},
+        )
 
     def arrive(self, handle: RequestHandle, flights: list[Flight]) -> None:
         """A request has come, and its sequences wait."""
@@ -474,6 +490,7 @@ class Dispatcher:
     def _give(self, flight: Flight, number: int) -> None:
         flight.replica, flight.ticket, flight.given = number, next(self._tickets), time.monotonic()
         flight.placed, flight.begun, flight.leaving = True, False, False
+        flight.been.append(number)
         self._count(flight, "running")
         replica = self._replicas[number]
         replica.add(flight)

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,6 +63,50 @@ def fit(benchmarks: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+class Timed(NamedTuple):
+    """A forward that was measured. See `Costs.forward`.
+
+    Attributes:
+        rows: that were decoded.
+        context: tokens of theirs.
+        ranks: of the batch's adapters, each adapter once; 0: no row has one.
+        prompt: tokens of prompts that began.
+        ms: what it took.
+    """
+
+    rows: int
+    context: float
+    ranks: int
+    prompt: int
+    ms: float
+
+
+def fit_forwards(forwards: Iterable[Timed]) -> dict[str, float]:
+    """The costs that a forward consists of, in milliseconds, from forwards that were measured on purpose.
+
+    None is below 0: what least squares makes so is left out, the lowest first, and the others are fitted anew.
+    """
+    found = list(forwards)
+    names = ["step", "row", "context", "lora", "rank", "prompts", "prompt"]
+    matrix = np.array(
+        [[1, one.rows, one.context, one.ranks > 0, one.ranks, one.prompt > 0, one.prompt] for one in found], dtype=float
+    )
+    times = np.array([one.ms for one in found])
+    used = [place for place in range(len(names)) if matrix[:, place].any()]
+    while True:
+        solution = _least_squares(matrix[:, used], times)
+        if solution.min() >= 0:
+            break
+        del used[int((solution * matrix[:, used].max(axis=0)).argmin())]
+    return dict.fromkeys(names, 0.0) | {names[place]: float(value) for place, value in zip(used, solution, strict=True)}
+
+
+def _least_squares(matrix: Any, times: Any) -> Any:
+    """As numpy's, its columns scaled to one size."""
+    scale = np.abs(matrix).max(axis=0)
+    return np.linalg.lstsq(matrix / scale, times, rcond=None)[0] / scale
+
+
 def _base_7b(benchmarks: Path, step: Mapping[str, Any]) -> dict[str, float]:
     setting = step["setting"]
     context = setting["prompt"] + (setting["short"] + setting["long"]) / 2
@@ -76,9 +120,7 @@ def _base_7b(benchmarks: Path, step: Mapping[str, Any]) -> dict[str, float]:
     many, middle = loading["setting"]["rows"], loading["setting"]["prompt"] + loading["setting"]["tokens"] / 2
     rows.append([1, many, many * middle, 1, _RANK * many])
     times.append(loading["results"]["no loads"]["between_tokens_ms"]["p50"]["median"])
-    matrix = np.array(rows, dtype=float)
-    scale = np.abs(matrix).max(axis=0)
-    solution = np.linalg.lstsq(matrix / scale, np.array(times), rcond=None)[0] / scale
+    solution = _least_squares(np.array(rows, dtype=float), np.array(times))
     layer = _read(benchmarks, "kernels_prefill_layer")
     tokens = layer["setting"]["rows"] * layer["setting"]["tokens_per_row"]
     timed = layer["results"][f"rank {_RANK}"]

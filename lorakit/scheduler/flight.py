@@ -29,6 +29,7 @@ class Flight:
         ticket: what it goes by there.
         given: when it was given to that one, by `time.monotonic`.
         begun: whether it has got a token there.
+        been: the replicas that it was given to, in order; their numbers.
         leaving: whether it was taken back, and its replica has not said so yet.
         target: the replica that keeps a place for it meanwhile, or -1.
         placed: whether a replica ever had it.
@@ -58,6 +59,7 @@ class Flight:
         self.ticket = -1
         self.given = 0.0
         self.begun = False
+        self.been: list[int] = []
         self.leaving = False
         self.target = -1
         self.placed = False

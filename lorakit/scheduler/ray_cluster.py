@@ -103,6 +103,9 @@ def connected(address: str | None = None) -> Iterator[None]:
         EngineError: there is no such cluster.
     """
     local = address is None and "RAY_ADDRESS" not in os.environ
+    if local:
+        # Ray's processes give way to all others by default; but these are the server's engines.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         own = {"address": "local", "include_dashboard": False} if local else {"address": address}
         ray.init(**own, log_to_driver=False, logging_level="warning")

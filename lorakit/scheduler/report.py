@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit.scheduler.sample import Sample
 from lorakit.scheduler.simulator import Outcome
 from lorakit.scheduler.summary import over_time, summary
 
@@ -112,24 +113,41 @@ def draw(folder: Path, outcomes: Mapping[str, Outcome]) -> list[Path]:
 
 
 def _draw_working_sets(path: Path, outcome: Outcome, name: str) -> None:
-    """A row a GPU, its working set by colour, as the paper's figure shows it; white where there is no GPU."""
-    import numpy as np
     from matplotlib import pyplot
 
-    gpus = 1 + max((number for sample in outcome.samples for number in sample.working_sets), default=0)
-    image = np.full((gpus, len(outcome.samples)), np.nan)
-    for place, sample in enumerate(outcome.samples):
-        for number, size in sample.working_sets.items():
-            image[number, place] = size
-    end = outcome.samples[-1].seconds / 60
+    gpus = gpus_in(outcome.samples)
     figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.16 * min(gpus, 40)), layout="constrained")
-    shown = axis.imshow(
-        image, aspect="auto", origin="lower", interpolation="nearest", extent=(0, end, -0.5, gpus - 0.5), vmin=0
-    )
-    figure.colorbar(shown, label="working set")
+    figure.colorbar(draw_working_sets(axis, outcome.samples, gpus), label="working set")
     axis.set(xlabel="minutes", ylabel="GPU", title=name)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def gpus_in(samples: Sequence[Sample]) -> int:
+    """GPUs that samples have numbers for."""
+    return 1 + max((number for sample in samples for number in sample.working_sets), default=0)
+
+
+def draw_working_sets(axis: Any, samples: Sequence[Sample], gpus: int, most: int | None = None) -> Any:
+    """A row a GPU, its working set by colour, as the paper's figure shows it; white where there is no GPU.
+
+    Args:
+        axis: of matplotlib.
+        samples: at even distances.
+        gpus: rows.
+        most: the working set of the last colour; None: the largest one.
+
+    Returns:
+        What a colour bar belongs to.
+    """
+    import numpy as np
+
+    image = np.full((gpus, len(samples)), np.nan)
+    for place, sample in enumerate(samples):
+        for number, size in sample.working_sets.items():
+            image[number, place] = size
+    extent = (0, samples[-1].seconds / 60, -0.5, gpus - 0.5)
+    return axis.imshow(image, aspect="auto", origin="lower", interpolation="nearest", extent=extent, vmin=0, vmax=most)
 
 
 def _seconds(value: float) -> str:

@@ -16,27 +16,11 @@ from lorakit.scheduler.costs import SECOND, Costs
 from lorakit.scheduler.fleet import Fleet
 from lorakit.scheduler.job import Job
 from lorakit.scheduler.replica import Counts, SimulatedReplica
+from lorakit.scheduler.sample import Sample
 from lorakit.scheduler.schemes import Scheme
 from lorakit.workloads import Asked
 
 _COMING, _RELEASE, _LOOK, _CONSOLIDATE, _SAMPLE = range(1 << 40, (1 << 40) + 5)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The cluster at one moment.
-
-    Attributes:
-        seconds: from the trace's beginning.
-        gpus: that are paid for: serving, starting or draining.
-        waiting: requests that wait for a place.
-        working_sets: GPU → requests of its working set; those that start have none.
-    """
-
-    seconds: float
-    gpus: int
-    waiting: int
-    working_sets: dict[int, int]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,9 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "busy_percent": 100 * counts.busy / max(1, outcome.gpu_time),
         "most_gpus": outcome.most,
         "gpus_started": outcome.asked,
-        "first_token_s": _quantiles((first - arrivals) / SECOND),
-        "token_ms": _quantiles(((finished - first) / steps)[several] / SECOND * 1e3),
-        "request_s": _quantiles((finished - arrivals) / SECOND),
+        "first_token_s": quantiles((first - arrivals) / SECOND),
+        "token_ms": quantiles(((finished - first) / steps)[several] / SECOND * 1e3),
+        "request_s": quantiles((finished - arrivals) / SECOND),
         "moves": outcome.moves,
         "time_in_moves_percent": 100 * sum(job.moving for job in jobs) / max(1.0, taken),
         "evictions": outcome.evictions,
@@ -59,7 +59,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _quantiles(values: Any) -> dict[str, float]:
+def quantiles(values: Any) -> dict[str, float]:
+    """The median, and what one of a hundred exceeds; 0 of none."""
     if not len(values):
         return {"p50": 0.0, "p99": 0.0}
     return {"p50": float(np.quantile(values, 0.5)), "p99": float(np.quantile(values, 0.99))}
@@ -79,12 +80,17 @@ def gap_quantiles(gaps: Sequence[Gap]) -> dict[str, float]:
 
 def over_time(outcome: Outcome, seconds: float) -> dict[str, list[float]]:
     """Median and p99 time to first token of the requests that arrived in each window of so many seconds."""
+    return first_tokens(((job.arrival / SECOND, (job.first - job.arrival) / SECOND) for job in outcome.jobs), seconds)
+
+
+def first_tokens(requests: Iterable[tuple[float, float]], seconds: float) -> dict[str, list[float]]:
+    """The same of arrivals and times to first token, in seconds."""
     windows: dict[int, list[float]] = {}
-    for job in outcome.jobs:
-        windows.setdefault(int(job.arrival / SECOND // seconds), []).append((job.first - job.arrival) / SECOND)
+    for arrival, first in requests:
+        windows.setdefault(int(arrival // seconds), []).append(first)
     found: dict[str, list[float]] = {"seconds": [], "p50": [], "p99": []}
     for window, values in sorted(windows.items()):
         found["seconds"].append(window * seconds)
-        for name, value in _quantiles(np.array(values)).items():
+        for name, value in quantiles(np.array(values)).items():
             found[name].append(value)
     return found

@@ -1,5 +1,6 @@
 """Costs: what they sum up to, that they are what the saved measurements give, and how near simulated runs come."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def test_the_fits_are_those_of_the_saved_measurements():
         )
         assert min(saved["picoseconds"].values()) > 0
         assert read_costs(name).step == saved["picoseconds"]["step"]
+
+
+def test_a_fit_finds_the_costs_of_forwards_and_none_below_zero():
+    mixes = list(itertools.product((0, 1, 4), (10, 90), (0, 16, 32), (0, 5, 20)))
+    timed = [fitting.Timed(*mix, BY_HAND.forward(*mix)) for mix in mixes]
+    found = fitting.fit_forwards(timed)
+    assert found == pytest.approx({name: getattr(BY_HAND, name) for name in found})
+    cheaper = [one._replace(ms=one.ms - 2 * one.rows * BY_HAND.row) for one in timed]
+    assert fitting.fit_forwards(cheaper)["row"] == 0 < min(fitting.fit_forwards(timed).values())
+    alone = fitting.fit_forwards([one for one in timed if not one.prompt])
+    assert alone["prompts"] == alone["prompt"] == 0 and alone["step"] == pytest.approx(BY_HAND.step)
 
 
 @pytest.mark.parametrize(
