@@ -121,7 +121,7 @@ SMALL = Llama(
 """The base where there is no GPU."""
 
 _PROCESSES = Setting(
-    replicas=2, batch=8, tokens=256, seconds=180.0, share=0.8, shorter=16, linger=10.0, consolidate_every=2.0
+    replicas=2, batch=8, tokens=256, seconds=180.0, share=0.65, shorter=16, linger=10.0, consolidate_every=2.0
 )
 
 
