@@ -259,7 +259,8 @@ class MultiLoraModel(nn.Module):
         Raises:
             AdapterExistsError: the name is taken, and `replace` does not say so.
             AdapterNotFoundError: no source, and none in the bank.
-            ModelInUseError: several processes share the base, and an engine serves it.
+            ModelInUseError: several processes share the base, and an engine serves it: a source cannot be loaded then,
+                and all else is the first process's.
             ConfigError: svd_energy or task_id cannot be, or stand without a source.
             CheckpointError, UnsupportedMethodError, …: as `lorakit.export` raises them; nothing is changed.
         """
@@ -268,7 +269,7 @@ class MultiLoraModel(nn.Module):
         if source is None:
             if chosen != NONE:
                 raise ConfigError(f"adapter {name!r} is converted already; svd_energy and task_id need a source.")
-            self._check_alone()
+            self._check_first()
             self._bring(name)
             return
         if not replace:
@@ -297,7 +298,8 @@ class MultiLoraModel(nn.Module):
             invocation: the tokens from which on it acts, or None if it always does.
         """
         with self._lock:
-            if name in self._roster and key_of(self._roster.known(name)) != key:
+            # What other processes have in memory goes when the first one lets go of it.
+            if name in self._roster and key_of(self._roster.known(name)) != key and self._is_leading:
                 self._forget(name)
             self._roster.add(name, Local(key, reader, invocation))
 
@@ -309,11 +311,11 @@ class MultiLoraModel(nn.Module):
         Raises:
             AdapterNotFoundError: the model does not serve it.
             PoolFullError: it has no room beside what is pinned or runs; it is not pinned then.
-            ModelInUseError: several processes share the base, and an engine serves it.
+            ModelInUseError: several processes share the base, an engine serves it, and this is not the first of them.
         """
         with self._lock:
             self._roster.known(name)
-            self._check_alone()
+            self._check_first()
             self._roster.pin(name)
         try:
             self._bring(name)
@@ -326,11 +328,11 @@ class MultiLoraModel(nn.Module):
 
         Raises:
             AdapterNotFoundError: the model does not serve it.
-            ModelInUseError: several processes share the base, and an engine serves it.
+            ModelInUseError: several processes share the base, an engine serves it, and this is not the first of them.
         """
         with self._lock:
             known = self._roster.known(name)
-            self._check_alone()
+            self._check_first()
             self._roster.unpin(name)
             # The same content may have several names.
             if not self._roster.is_pinned(known):
@@ -341,11 +343,11 @@ class MultiLoraModel(nn.Module):
 
         Raises:
             AdapterNotFoundError: the model does not serve it.
-            ModelInUseError: several processes share the base, and an engine serves it.
+            ModelInUseError: several processes share the base, an engine serves it, and this is not the first of them.
         """
         with self._lock:
             self._roster.known(name)
-            self._check_alone()
+            self._check_first()
             self._roster.unpin(name)
             self._forget(name)
 
@@ -455,11 +457,22 @@ class MultiLoraModel(nn.Module):
         """Modules ask a standing batch for their adapters' shares, in what runs inside."""
         return self._standings.asked(standing)
 
+    @property
+    def _is_leading(self) -> bool:
+        """Whether this process decides what is in memory; an engine's other processes do what its first one does."""
+        return self.is_first or not self._lent
+
+    def _check_first(self) -> None:
+        if not self._is_leading:
+            raise ModelInUseError(
+                "several processes share the base, and an engine serves it: pin, load and unload adapters in the first."
+            )
+
     def _check_alone(self) -> None:
         if self._lent and self.processes > 1:
             raise ModelInUseError(
-                "several processes share the base, and an engine serves it; load and unload adapters in all of them "
-                "before it starts, or change the bank."
+                "several processes share the base, and an engine serves it; load an adapter from its source in all of "
+                "them before it starts, or add it to the bank."
             )
 
     def _check_not_lent(self) -> None:

@@ -98,7 +98,7 @@ class Operation(NamedTuple):
     """What was done with a pool, so that another does the same and lays out its memory alike.
 
     Attributes:
-        kind: the pool's method: "put", "get", "drop", "acquire" or "release".
+        kind: the pool's method: "put", "get", "drop", "acquire", "release", "pin" or "unpin".
         key: of the adapter.
         name: of the adapter, where it was put.
         serial: the slot's, where one was acquired or released.
@@ -318,11 +318,13 @@ class AdapterPool:
         """Keeps a resident adapter from being evicted until `unpin`; its slot may move. `drop` ends it too."""
         assert key in self._slots, f"{key!r} is not resident"
         self._slots[key].pinned = True
+        self._note("pin", self._slots[key])
 
     def unpin(self, key: str) -> None:
         """Lets an adapter be evicted again; nothing happens if it is not pinned or not resident."""
         if key in self._slots:
             self._slots[key].pinned = False
+            self._note("unpin", self._slots[key])
 
     def keep_only(self, keys: Collection[str]) -> None:
         """Forgets every adapter but these, on the device and in host memory, as `drop` does."""
@@ -367,8 +369,8 @@ class AdapterPool:
             self.put(operation.key, read(operation), name=operation.name, pinned=operation.pinned)
         elif operation.kind == "get":
             self.get(operation.key)
-        elif operation.kind == "drop":
-            self.drop(operation.key)
+        elif operation.kind in ("drop", "pin", "unpin"):
+            getattr(self, operation.kind)(operation.key)
         elif operation.kind == "release":
             self.release([self.slot_of(operation.serial)])
         else:

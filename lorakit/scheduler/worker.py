@@ -114,7 +114,7 @@ class Worker:
         for known in adapters:
             reader = ExtentReader(known.layout, known.dtype, partial(self._read_into, known))
             self.engine.model.know_adapter(known.name, known.key, reader, known.invocation)
-            if known.pinned:
+            if known.pinned and self.engine.leads:
                 try:
                     self.engine.model.pin_adapter(known.name)
                 except LorakitError as error:  # it is served all the same

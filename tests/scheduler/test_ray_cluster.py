@@ -210,7 +210,15 @@ def test_a_replica_of_several_processes(bank, model, tmp_path):
     settings, one = RaySettings(gpus=2, cpus=2.0), Policy(least=1, most=1)
     with cluster_of(bank, partial(make_shared, str(tmp_path)), settings, one) as cluster:
         assert len(processes("ray::EngineActor")) >= 2
+        cluster.model.pin_adapter("rslora")
+        wait_until(lambda: cluster.stats().device.adapters == 1, 20)
         check(submitted(cluster, asked), expected)
+        there = cluster.stats().device.adapters
+        cluster.model.unload_adapter("dora")
+        wait_until(lambda: cluster.stats().device.adapters == there - 1, 20)
+        cluster.model.unpin_adapter("rslora")
+        rest = [place for place, one in enumerate(asked) if one.adapter != "dora"]
+        check(submitted(cluster, [asked[place] for place in rest]), [expected[place] for place in rest])
 
 
 def test_a_replica_that_cannot_begin_says_why(bank, tmp_path):
