@@ -13,7 +13,7 @@ Memory is the limit, if enough of it is under way at once. So a row's heads are 
 cut into several; the last of these to end sums up. Queries are the matrix units' smaller operand, of which most is
 padding: that is cheaper than to sum over threads.
 
-The softmax is taken as tokens come (Milakov and Gimelshein 2018, FlashAttention), in fp32, its weights are rounded to
+The softmax is taken as tokens come (Milakov and Gimelshein 2018, FlashAttention), in fp32; its weights are rounded to
 the dtype of the values before they are multiplied. How rows are cut depends on how many there are, so a row's last bits
 may change with the batch; FlashAttention's do, too.
 """
@@ -55,7 +55,7 @@ def attend_kernel(
     active = tl.maximum(tl.cdiv(length, span), 1)
     pages = table + row * table_row
     last = tl.load(pages + tl.maximum(length, 0) // PAGE).to(tl.int64)
-    # What is read so far, no kernel of a forward writes.
+    # What is read so far was there before the layers began.
     if PDL:
         tl.extra.cuda.gdc_wait()
     if part >= active:
