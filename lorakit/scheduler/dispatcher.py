@@ -1,4 +1,4 @@
-"""The loop of a cluster: sequences wait, are given to replicas, move between them, and survive them.
+"""The sequences of a cluster: they wait, are given to replicas, move between them, and survive them.
 
 All decisions are those of `policy.py`, and all of them are taken in one thread. What a sequence has generated is known
 here, so that any replica can go on with it: one that is moved, evicted, or whose replica dies begins anew elsewhere
@@ -13,16 +13,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from lorakit.engine.handle import FinishReason, RequestHandle, Token
-from lorakit.engine.stats import EngineStats
 from lorakit.engine.tenants import Tenants
 from lorakit.errors import (
     AdapterNotFoundError,
@@ -41,20 +38,21 @@ from lorakit.scheduler.fleet import Fleet
 from lorakit.scheduler.flight import Counted, Flight
 from lorakit.scheduler.links import Links
 from lorakit.scheduler.live import LiveReplica
-from lorakit.scheduler.messages import Ending, Given, Hello, News
+from lorakit.scheduler.loop import Loop
+from lorakit.scheduler.messages import Ending, Given, News
 from lorakit.scheduler.policy import Policy, consolidate, may_release, newest, route, scale_up
+from lorakit.scheduler.presence import Presence, Told
 from lorakit.scheduler.queues import FairFcfs
 from lorakit.scheduler.sample import Sample
 from lorakit.scheduler.snapshot import Limits
+from lorakit.scheduler.target import Target
 from lorakit.scheduler.totals import Totals
 
 _log = logging.getLogger(__name__)
 
-_LOOK = 0.5  # seconds between two looks at which replicas there are
-_MEET_AGAIN = 2.0  # seconds after which a replica that could not be met is met again
+_LOOK = 0.5  # seconds between two looks at what nobody tells, at most
 _SEND_AGAIN = 0.2  # seconds after which a sequence that did not reach its replica is sent again
 _NOT_HERE = (asyncio.CancelledError, SupersededError)  # what ends a task, and is not the replica's
-_NO_LIMIT = Limits(batch=1, blocks=1, block_tokens=1)
 
 
 class Dispatcher:
@@ -62,8 +60,6 @@ class Dispatcher:
 
     Attributes:
         policy: which replica, and how many.
-        capacity: the most tokens that one sequence may have on any replica that has come; 0 before.
-        totals: what all replicas have counted.
         superseded: the error, once another server has taken over the replicas; from then on nothing is done any more.
     """
 
@@ -78,34 +74,27 @@ class Dispatcher:
             tenants: counts, weights and caps.
         """
         self.policy = policy
-        self.capacity = 0
-        self.totals = Totals()
         self.superseded: SupersededError | None = None
         self._links = links
         self._catalog = catalog
         self._config = config
         self._tenants = tenants
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="lorakit-cluster", daemon=True)
+        self._loop = Loop("lorakit-cluster", self._task_failed)
         self._first: Future[None] = Future()
         # What follows is the loop's alone.
-        self._limits = _NO_LIMIT
+        self._presence = Presence(
+            links, catalog, config, policy.most, self._loop, Told(self._came, self._drain, self._hear, self._lose)
+        )
+        self._target = Target(links, max(1, policy.least), config.silence)
         self._fleet = Fleet(1)
         self._queue: FairFcfs[Flight] = self._new_queue()
         self._aside: list[Flight] = []  # too long for the replicas that are there
-        self._replicas: dict[int, LiveReplica] = {}
-        self._numbers: dict[str, int] = {}  # those of replicas, by the names that the links have for them
-        self._meeting: set[str] = set()
-        self._lost: set[str] = set()
         self._flights: dict[str, list[Flight]] = {}  # by the ids of their requests
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._adapters: dict[str, int] = {}  # numbers of adapters' contents
         self._tickets = itertools.count()
-        self._target = max(1, policy.least)
         self._consolidated = 0.0
         self._looked = self._needed = time.monotonic()
-        self._scaling = False
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     # ---- for a cluster
 
@@ -117,9 +106,9 @@ class Dispatcher:
             EngineBusyError: another server uses the replicas.
             SupersededError: another server took them over meanwhile.
         """
-        self._thread.start()
-        self._catalog.follow(lambda change: self._call(self._changed, change))
-        self._call(self._begin)
+        self._loop.start()
+        self._catalog.follow(lambda change: self._loop.call(self._changed, change))
+        self._loop.call(self._begin)
         try:
             self._first.result(self._config.start_timeout)
         except TimeoutError:
@@ -128,28 +117,37 @@ class Dispatcher:
 
     def close(self) -> None:
         """Ends all replicas, and the loop."""
-        if self._thread.is_alive():
+        if self._loop.runs:
             with suppress(Exception):
-                asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(60)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(10)
+                self._loop.result_of(self._end(), 60)
+            self._loop.stop()
 
     @property
     def replicas(self) -> list[LiveReplica]:
         """The replicas, to be looked at."""
-        return list(self._replicas.values())
+        return list(self._presence.replicas.values())
 
     @property
     def limits(self) -> Limits:
         """What the replica holds that came last."""
-        return self._limits
+        return self._presence.limits
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that one sequence may have on any replica that has come; 0 before."""
+        return self._presence.capacity
+
+    @property
+    def totals(self) -> Totals:
+        """What all replicas have counted."""
+        return self._presence.totals
 
     def sample(self, since: float) -> Sample:
         """The cluster now; see `Cluster.sample`."""
         replicas, serving = self.replicas, len(self._fleet)
         return Sample(
             seconds=time.monotonic() - since,
-            gpus=max(0, len(replicas) - serving) + max(self._target, serving),
+            gpus=max(0, len(replicas) - serving) + max(self._target.count, serving),
             waiting=len(self._queue),
             working_sets={replica.id: replica.working_set for replica in replicas},
         )
@@ -158,60 +156,33 @@ class Dispatcher:
         """A request has come, and its sequences wait."""
         for flight in flights:
             self._count(flight, "waiting")
-        self._call(self._arrive, handle, flights)
+        self._loop.call(self._arrive, handle, flights)
 
     def withdraw(self, handle: RequestHandle) -> None:
         """A request is over, wherever its sequences are."""
-        self._call(self._withdraw, handle)
+        self._loop.call(self._withdraw, handle)
 
-    # ---- the loop
-
-    def _count(self, flight: Flight, how: Counted | None) -> None:
-        """Counts a sequence as waiting, as running, or no more."""
-        change = {"waiting": 0, "running": 0}
-        if flight.counted is not None:
-            change[flight.counted] -= 1
-        if how is not None:
-            change[how] += 1
-        flight.counted = how
-        self._tenants.count(flight.tenant, **change)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-        self._loop.close()
-
-    def _call(self, what: Callable[..., object], *args: Any) -> None:
-        """Has the loop do something."""
-        with suppress(RuntimeError):  # it was closed
-            self._loop.call_soon_threadsafe(what, *args)
-
-    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._spawned)
-
-    def _spawned(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, SupersededError):
-            self._step_down(error)
-        elif error is not None:
-            _log.error("the cluster's loop failed in a part", exc_info=error)
+    # ---- the beginning and the end
 
     def _begin(self) -> None:
-        self._spawn(self._open())
+        self._loop.spawn(self._open())
+
+    def _task_failed(self, error: BaseException) -> None:
+        if isinstance(error, SupersededError):
+            self._step_down(error)
+        else:
+            _log.error("the cluster's loop failed in a part", exc_info=error)
 
     async def _open(self) -> None:
         try:
             await self._links.lead()
-            self._spawn(self._lead())
-            await self._links.open(self._target)
+            self._loop.spawn(self._lead())
+            await self._links.open(self._target.count)
         except BaseException as error:  # noqa: BLE001 - told to whoever starts it
             self._fail_start(error)
             return
-        self._spawn(self._look_for_replicas())
-        self._spawn(self._look())
+        self._loop.spawn(self._presence.watch())
+        self._loop.spawn(self._look())
 
     def _fail_start(self, error: BaseException) -> None:
         if not self._first.done():
@@ -234,121 +205,35 @@ class Dispatcher:
             return
         _log.error("%s", error)
         self.superseded = error
-        self._cancel_tasks()
+        self._loop.cancel()
+        self._presence.close()
         self._fail_start(error)
         for flights in list(self._flights.values()):
             flights[0].handle.fail(error)
             for flight in flights:
                 self._close(flight)
-        for replica in list(self._replicas.values()):
+        for replica in self.replicas:
             self._forget(replica)
-
-    def _cancel_tasks(self) -> list[asyncio.Task[Any]]:
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        return tasks
 
     async def _end(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*map(self._let_go, self._replicas.values())), 5.0)
-        if tasks := self._cancel_tasks():
+            await asyncio.wait_for(asyncio.gather(*map(self._presence.let_go, self.replicas)), 5.0)
+        if tasks := self._loop.cancel():
             await asyncio.wait(tasks, timeout=1.0)
         await self._links.close()
 
     # ---- replicas come and go
 
-    async def _look_for_replicas(self) -> None:
-        while True:
-            try:
-                await asyncio.wait_for(self._links.ids(self._see), 10 * _LOOK)
-            except _NOT_HERE:
-                raise
-            except Exception as error:  # noqa: BLE001 - there may be none for a while
-                _log.debug("nobody tells which replicas there are: %s", error)
-            await asyncio.sleep(_LOOK)
-
-    def _see(self, ids: frozenset[str]) -> None:
-        """Which replicas serve, as of now; in any thread."""
-        self._call(self._sync, ids)
-
-    def _sync(self, ids: frozenset[str]) -> None:
-        if self.superseded is not None:
-            return
-        for name in ids - self._numbers.keys() - self._meeting - self._lost:
-            self._meeting.add(name)
-            self._spawn(self._meet(name))
-        for name in self._numbers.keys() - ids:
-            self._drain(self._replicas[self._numbers[name]])
-        self._lost &= ids
-
-    async def _meet(self, name: str) -> None:
-        try:
-            link, hello = await self._links.meet(name)
-            pinned = [self._catalog.known(one) for one in self._catalog.pinned]
-            if pinned:
-                await link.know(pinned)
-        except _NOT_HERE:
-            raise
-        except Exception as error:  # noqa: BLE001 - it may be on its way out
-            _log.warning("replica %s cannot be reached: %s", name, error)
-            await asyncio.sleep(_MEET_AGAIN)
-            self._meeting.discard(name)
-            return
-        self._meeting.discard(name)
-        self._settle(hello)
-        replica = LiveReplica(self._free_number(), name, link, hello)
-        replica.knows |= {one.name for one in pinned}
-        self._replicas[replica.id] = replica
-        self._numbers[name] = replica.id
+    def _came(self, replica: LiveReplica) -> None:
+        """A replica serves."""
         self._fleet.add(replica)
-        self._spawn(self._listen(replica))
-        self._spawn(self._beat(replica))
-        _log.info("replica %s serves", name)
         if not self._first.done():
             self._first.set_result(None)
-            self._spawn(self._tell_target())  # those that a server before this one has left may be others
+            self._loop.spawn(self._target.tell())  # those that a server before this one has left may be others
         aside, self._aside = self._aside, []
         for flight in aside:
             self._queue.add(flight)
         self._admit()
-
-    def _settle(self, hello: Hello) -> None:
-        """Learns what replicas hold. They may be unlike; the next one is taken to be like the last."""
-        self._limits, self.capacity = hello.limits, max(self.capacity, hello.capacity)
-
-    def _free_number(self) -> int:
-        """The highest below all others: ties go to the highest, so the youngest empty first, and go first."""
-        if not self._replicas:
-            return 2 * self.policy.most
-        lowest = min(self._replicas)
-        return lowest - 1 if lowest else next(one for one in itertools.count() if one not in self._replicas)
-
-    async def _listen(self, replica: LiveReplica) -> None:
-        try:
-            async for news in replica.link.news():
-                self._hear(replica, news)
-            reason, kill = "it has not heard of this server for too long", False
-        except _NOT_HERE:
-            raise
-        except EngineError as error:  # it lives, and tells why it says no more
-            reason, kill = str(error), False
-        except Exception as error:  # noqa: BLE001 - a replica dies in many ways
-            reason, kill = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", True
-        self._lose(replica, reason, kill=kill)
-
-    async def _beat(self, replica: LiveReplica) -> None:
-        while self._replicas.get(replica.id) is replica:
-            with suppress(Exception):
-                stats = await asyncio.wait_for(replica.link.beat(), self._config.silence)
-                if self._replicas.get(replica.id) is replica:
-                    self._note(replica, stats)
-            await asyncio.sleep(self._config.beat)
-
-    def _note(self, replica: LiveReplica, stats: EngineStats) -> None:
-        """A replica has told its numbers."""
-        self.totals.note(replica.stats, stats)
-        replica.stats = stats
 
     def _drain(self, replica: LiveReplica) -> None:
         """A replica is about to end: what it has moves, or ends there."""
@@ -359,20 +244,14 @@ class Dispatcher:
                 self._call_off(flight)
             _log.info("replica %s is drained", replica.name)
         for flight in sorted(replica.requests(), key=lambda one: (one.arrival, one.key)):
-            target = route(self._fleet, flight, self._limits, self.policy, self._among(flight))
+            target = route(self._fleet, flight, self.limits, self.policy, self._among(flight))
             if target is not None:
                 self._move(flight, target)
         if not replica.working_set:
             self._forget(replica)
-            self._spawn(self._let_go(replica))
+            self._loop.spawn(self._presence.let_go(replica))
 
-    async def _let_go(self, replica: LiveReplica) -> None:
-        with suppress(Exception):  # what it has done since the last beat
-            self._note(replica, await asyncio.wait_for(replica.link.beat(), self._config.beat))
-        with suppress(Exception):
-            await replica.link.let_go()
-
-    def _lose(self, replica: LiveReplica, reason: str, *, kill: bool = True) -> None:
+    def _lose(self, replica: LiveReplica, reason: str, kill: bool = True) -> None:
         """A replica is gone, or given up: what it had begins anew elsewhere.
 
         Args:
@@ -380,13 +259,12 @@ class Dispatcher:
             reason: why.
             kill: whether it is ended; if not, it may be met again.
         """
-        if self._replicas.get(replica.id) is not replica:
+        if not self._presence.has(replica):
             return
         _log.warning("replica %s is lost: %s", replica.name, reason)
         self._forget(replica)
         if kill:
-            self._lost.add(replica.name)
-            replica.link.kill()
+            self._presence.end(replica)
         for flight in replica.expected:
             self._call_off(flight)
         flights = list(replica.flights.values())
@@ -403,8 +281,7 @@ class Dispatcher:
         self._ask()
 
     def _forget(self, replica: LiveReplica) -> None:
-        del self._replicas[replica.id]
-        del self._numbers[replica.name]
+        self._presence.forget(replica)
         if not replica.draining:
             self._fleet.remove(replica.id)
 
@@ -419,7 +296,7 @@ class Dispatcher:
             return
         if handle.request.deadline is not None:
             left = handle.submitted + handle.request.deadline - time.monotonic()
-            self._timers[handle.id] = self._loop.call_later(max(0.0, left), self._overdue, handle)
+            self._timers[handle.id] = self._loop.later(max(0.0, left), self._overdue, handle)
         for flight in flights:
             self._queue.add(flight)
         self._admit()
@@ -452,7 +329,7 @@ class Dispatcher:
                     self._close(flight)
                     again = True
                     break
-                number = route(self._fleet, flight, self._limits, self.policy, among)
+                number = route(self._fleet, flight, self.limits, self.policy, among)
                 if number is not None:
                     self._queue.take(flight)
                     self._give(flight, number)
@@ -463,7 +340,7 @@ class Dispatcher:
         """The set of replicas that may serve a sequence: they are large enough, and have not failed to."""
         return ~sum(
             1 << replica.id
-            for replica in self._replicas.values()
+            for replica in self.replicas
             if replica.capacity < flight.cost or replica.name in flight.avoid
         )
 
@@ -477,7 +354,7 @@ class Dispatcher:
         """All replicas have come that were asked for, and some sequences are too long for each of them."""
         aside, self._aside = self._aside, []
         for flight in aside:
-            longest = max((replica.capacity for replica in self._replicas.values()), default=0)
+            longest = max((replica.capacity for replica in self.replicas), default=0)
             self._fail(
                 flight,
                 EngineError(
@@ -492,10 +369,10 @@ class Dispatcher:
         flight.placed, flight.begun, flight.leaving = True, False, False
         flight.been.append(number)
         self._count(flight, "running")
-        replica = self._replicas[number]
+        replica = self._presence.replicas[number]
         replica.add(flight)
         self._fleet.resize(number, replica.working_set)
-        self._spawn(self._send(flight, flight.ticket))
+        self._loop.spawn(self._send(flight, flight.ticket))
 
     async def _send(self, flight: Flight, ticket: int) -> None:
         given = Given(ticket, flight.request)
@@ -514,18 +391,17 @@ class Dispatcher:
         if not sent:
             self._back(flight)
         elif flight.leaving:  # it was taken back before it was there
-            await self._take_back(self._replicas[flight.replica], ticket)
+            await self._take_back(self._presence.replicas[flight.replica], ticket)
 
     async def _choose(self, flight: Flight, ticket: int, ids: frozenset[str]) -> str | None:
         """As `_choose_here`, in any event loop."""
-        here = asyncio.run_coroutine_threadsafe(self._choose_here(flight, ticket, ids), self._loop)
-        return await asyncio.wrap_future(here)
+        return await self._loop.here(self._choose_here(flight, ticket, ids))
 
     async def _choose_here(self, flight: Flight, ticket: int, ids: frozenset[str]) -> str | None:
         """The replica that keeps a sequence its place; None: it is about to end, and the policy is asked anew."""
-        self._sync(ids)
+        self._presence.sync(ids)
         if flight.ticket == ticket and not flight.over:
-            replica = self._replicas.get(flight.replica)
+            replica = self._presence.replicas.get(flight.replica)
             if replica is not None and not replica.draining:
                 return replica.name
             self._back(flight)
@@ -533,7 +409,7 @@ class Dispatcher:
 
     async def _introduce(self, flight: Flight) -> None:
         """Has a sequence's replica know its adapter."""
-        replica = self._replicas.get(flight.replica)
+        replica = self._presence.replicas.get(flight.replica)
         if replica is not None and flight.known is not None and flight.known.name not in replica.knows:
             known = flight.known
             await asyncio.wait_for(replica.link.know([known._replace(pinned=False)]), self._config.silence)
@@ -556,7 +432,7 @@ class Dispatcher:
 
     def _ground(self, flight: Flight) -> None:
         """A sequence is on no replica any more."""
-        replica = self._replicas.get(flight.replica)
+        replica = self._presence.replicas.get(flight.replica)
         if replica is not None:
             replica.remove(flight.ticket)
             self._fleet.resize(replica.id, replica.working_set)
@@ -608,9 +484,7 @@ class Dispatcher:
             self._catalog.release(held)
 
     def _hear(self, replica: LiveReplica, news: News) -> None:
-        replica.hear(news)
-        if self._replicas.get(replica.id) is not replica:
-            return
+        """A replica has said something."""
         if news.state == "dead":
             self._lose(replica, "its engine is down")
             return
@@ -697,7 +571,7 @@ class Dispatcher:
                 replica.knows.discard(flight.known.name)
             flight.avoid.add(replica.name)
             flight.error = error
-            others = {one.name for one in self._replicas.values() if not one.draining} - flight.avoid
+            others = {one.name for one in self.replicas if not one.draining} - flight.avoid
             if not others or len(flight.avoid) >= self._config.tries:
                 self._fail(flight, error)
         self._again(flight)
@@ -733,6 +607,16 @@ class Dispatcher:
         )
         self._withdraw(handle)
 
+    def _count(self, flight: Flight, how: Counted | None) -> None:
+        """Counts a sequence as waiting, as running, or no more."""
+        change = {"waiting": 0, "running": 0}
+        if flight.counted is not None:
+            change[flight.counted] -= 1
+        if how is not None:
+            change[how] += 1
+        flight.counted = how
+        self._tenants.count(flight.tenant, **change)
+
     def _close(self, flight: Flight) -> None:
         """A sequence has ended, and is nowhere any more."""
         flight.over = True
@@ -751,7 +635,7 @@ class Dispatcher:
 
     def _move(self, flight: Flight, target: int) -> None:
         """Has a sequence go to another replica."""
-        replica = self._replicas[target]
+        replica = self._presence.replicas[target]
         flight.target = target
         replica.expect(flight)
         self._fleet.resize(target, replica.working_set)
@@ -759,10 +643,10 @@ class Dispatcher:
 
     def _leave(self, flight: Flight) -> None:
         """Takes a sequence back; it is done when its replica says so."""
-        replica = self._replicas.get(flight.replica)
+        replica = self._presence.replicas.get(flight.replica)
         if replica is not None and not flight.leaving:
             flight.leaving = True
-            self._spawn(self._take_back(replica, flight.ticket))
+            self._loop.spawn(self._take_back(replica, flight.ticket))
 
     async def _take_back(self, replica: LiveReplica, ticket: int) -> None:
         # What it was never sent, or has ended, it says nothing of.
@@ -772,7 +656,7 @@ class Dispatcher:
     def _call_off(self, flight: Flight) -> None:
         """A sequence that was to be moved stays, or is over."""
         if flight.target >= 0:
-            replica = self._replicas.get(flight.target)
+            replica = self._presence.replicas.get(flight.target)
             flight.target = -1
             if replica is not None:
                 replica.call_off(flight)
@@ -790,9 +674,9 @@ class Dispatcher:
 
     def _look_once(self, now: float) -> None:
         late, self._looked = now - self._looked > self._config.silence / 2, now
-        for replica in self._replicas.values() if late else ():
+        for replica in self.replicas if late else ():
             replica.heard = replica.moved = now  # this process was not there, and has heard nobody
-        for replica in list(self._replicas.values()):
+        for replica in self.replicas:
             if now - replica.heard > self._config.silence:
                 self._lose(replica, f"no news for {self._config.silence:.0f} s")
             elif replica.flights and now - replica.moved > self._config.stuck:
@@ -804,70 +688,50 @@ class Dispatcher:
             self._consolidated = now
             self._consolidate()
         self._admit()
-        if self._aside and self._target <= len(self._fleet):
+        if self._aside and self._target.count <= len(self._fleet):
             self._fail_aside()
         self._ask()
         self._release(now)
-        if len(self._queue) or self._target <= len(self._fleet):
+        if len(self._queue) or self._target.count <= len(self._fleet):
             self._needed = now
         elif now - self._needed > self.policy.linger:  # those that did not come are not needed any more
             self._scale(max(self.policy.least, len(self._fleet)))
 
     def _consolidate(self) -> None:
-        for move in consolidate(self._fleet, self._starting, self._limits, self.policy):
+        for move in consolidate(self._fleet, self._starting, self.limits, self.policy):
             assert isinstance(move.request, Flight)
             if 1 << move.target & self._among(move.request):
                 self._move(move.request, move.target)
 
     @property
     def _starting(self) -> int:
-        return max(0, self._target - len(self._fleet))
+        return max(0, self._target.count - len(self._fleet))
 
     def _ask(self) -> None:
-        draining = len(self._replicas) - len(self._fleet)
-        more = scale_up(self._fleet, self._starting, len(self._queue), self._limits, self.policy, draining)
+        draining = len(self.replicas) - len(self._fleet)
+        more = scale_up(self._fleet, self._starting, len(self._queue), self.limits, self.policy, draining)
         if more > 0:
-            self._scale(max(self._target, len(self._fleet)) + more)
+            self._scale(max(self._target.count, len(self._fleet)) + more)
 
     def _release(self, now: float) -> None:
         """Gives back a replica that has been empty for long enough; one at a time."""
-        if self._target > len(self._fleet) or len(self._replicas) > self._target:
+        if self._target.count > len(self._fleet) or len(self.replicas) > self._target.count:
             return
         for replica in list(self._fleet):
             assert isinstance(replica, LiveReplica)
             waited = not replica.working_set and now - replica.empty_since >= self.policy.linger
             if waited and may_release(
-                self._fleet, replica.id, self._starting, len(self._queue), self._limits, self.policy
+                self._fleet, replica.id, self._starting, len(self._queue), self.limits, self.policy
             ):
-                self._scale(self._target - 1)
+                self._scale(self._target.count - 1)
                 return
 
     def _scale(self, count: int) -> None:
         count = max(1, self.policy.least, min(count, self.policy.most))
-        if count != self._target:
-            _log.info("%d replicas are wanted instead of %d", count, self._target)
-            self._target = count
-            self._spawn(self._tell_target())
-
-    async def _tell_target(self) -> None:
-        """Tells the newest target until somebody takes it."""
-        if self._scaling:
-            return
-        self._scaling = True
-        try:
-            told = -1
-            while told != self._target:
-                target = self._target
-                try:
-                    await asyncio.wait_for(self._links.scale(target), self._config.silence)
-                    told = target
-                except _NOT_HERE:
-                    raise
-                except Exception as error:  # noqa: BLE001 - it may be starting anew
-                    _log.warning("replicas cannot be asked for: %s", error)
-                    await asyncio.sleep(_LOOK)
-        finally:
-            self._scaling = False
+        if count != self._target.count:
+            _log.info("%d replicas are wanted instead of %d", count, self._target.count)
+            self._target.count = count
+            self._loop.spawn(self._target.tell())
 
     # ---- adapters
 
@@ -886,8 +750,8 @@ class Dispatcher:
     def _changed(self, change: Change) -> None:
         if change.gone is not None and self._catalog.is_needed(change.gone):  # it came again meanwhile
             return
-        for replica in self._replicas.values():
-            self._spawn(self._tell(replica, change))
+        for replica in self.replicas:
+            self._loop.spawn(self._tell(replica, change))
 
     async def _tell(self, replica: LiveReplica, change: Change) -> None:
         with suppress(Exception):

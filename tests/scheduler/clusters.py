@@ -34,9 +34,9 @@ def long(count: int, seed: int = 0, tokens: int = 40) -> list[Asked]:
 
 def spread(cluster: Cluster, handles: Sequence[RequestHandle]) -> None:
     """Moves every other sequence to the youngest replica; in the cluster's loop."""
-    youngest = min(cluster._dispatcher._replicas)
+    youngest = min(cluster._dispatcher._presence.replicas)
     for handle in handles[::2]:
         flight = handle.parts[0]
-        full = cluster._dispatcher._replicas[youngest].working_set >= cluster._dispatcher._limits.batch
+        full = cluster._dispatcher._presence.replicas[youngest].working_set >= cluster._dispatcher.limits.batch
         if flight.replica not in (-1, youngest) and not flight.leaving and not full:
             cluster._dispatcher._move(flight, youngest)

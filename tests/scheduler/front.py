@@ -26,7 +26,7 @@ if __name__ == "__main__":
     handles = [cluster.submit([11, 12, 13], "lora", max_new_tokens=50, ignore_eos=True) for _ in range(200)]
     next(iter(handles[0]))
     print("streaming", flush=True)
-    cluster._dispatcher._call(time.sleep, float(away))
+    cluster._dispatcher._loop.call(time.sleep, float(away))
     handles[-1].wait(60)
     print(type(handles[-1].error).__name__, flush=True)
     cluster.close()

@@ -79,7 +79,7 @@ def at_rest(cluster, links):
     wait_until(lambda: not cluster.stats().open and not cluster._dispatcher._flights)
     wait_until(lambda: all(not link.worker._rows for link in links.serving))
     wait_until(lambda: not cluster._tenants.waiting and not cluster._tenants._running)
-    wait_until(lambda: all(not replica.working_set for replica in cluster._dispatcher._replicas.values()))
+    wait_until(lambda: all(not replica.working_set for replica in cluster._dispatcher._presence.replicas.values()))
     assert not any(cluster._dispatcher._fleet.sizes[1:])
     assert not cluster.model._held and not cluster.model._leaving
     for link in links.serving:
@@ -126,7 +126,7 @@ def test_what_moves_goes_on_where_it_stopped(started, model):
     def move_all():
         for flights in list(cluster._dispatcher._flights.values()):
             for flight in flights:
-                others = [number for number in cluster._dispatcher._replicas if number != flight.replica]
+                others = [number for number in cluster._dispatcher._presence.replicas if number != flight.replica]
                 if flight.begun and not flight.leaving:
                     cluster._dispatcher._move(flight, others[0])
 
@@ -135,7 +135,7 @@ def test_what_moves_goes_on_where_it_stopped(started, model):
         moves = 0
         while not all(handle.done for handle in handles):
             flights = [flight for handle in handles for flight in handle.parts]
-            cluster._dispatcher._call(move_all)
+            cluster._dispatcher._loop.call(move_all)
             time.sleep(0.02)
             moves = max(moves, sum(flight.moves for flight in flights))
         assert [handle.result(60).token_ids for handle in handles] == wanted
@@ -169,7 +169,7 @@ def test_a_replica_that_hangs_is_given_up(started, model):
     wait_until(lambda: cluster.stats().replicas == 2)
     handles = submitted(cluster, asked)
     next(iter(handles[0]))
-    hanging = links.links[cluster._dispatcher._replicas[handles[0].parts[0].replica].name]
+    hanging = links.links[cluster._dispatcher._presence.replicas[handles[0].parts[0].replica].name]
     hanging.hangs = True
     assert [handle.result(60).token_ids for handle in handles] == expected
     assert hanging.killed
@@ -258,13 +258,14 @@ def test_of_unlike_replicas_each_gets_what_it_holds(started, small):
         for replica in (little, large):
             most[replica.id] = max(most[replica.id], replica.working_set)
 
-    hear = cluster._dispatcher._hear
+    presence = cluster._dispatcher._presence
+    hear = presence._told.said
 
     def hear_and_look(*args):
         hear(*args)
         look()
 
-    cluster._dispatcher._hear = hear_and_look
+    presence._told = presence._told._replace(said=hear_and_look)
     long_ones = [cluster.submit([11] * room_of(little), max_new_tokens=8, ignore_eos=True) for _ in range(8)]
     short_ones = [cluster.submit([11, 12], max_new_tokens=20, ignore_eos=True) for _ in range(8)]
     assert [len(handle.result(60).token_ids) for handle in long_ones] == [8] * 8
@@ -349,7 +350,7 @@ def test_a_scale_call_that_is_lost_is_made_again(started, how):
 
     cluster, links = started(Policy(least=1, most=2, linger=60.0, consolidate_every=None), silence=1.5)
     links.lost_scales += [lost, lost]
-    cluster._dispatcher._call(cluster._dispatcher._scale, 2)
+    cluster._dispatcher._loop.call(cluster._dispatcher._scale, 2)
     wait_until(lambda: cluster.stats().replicas == 2)
     assert not links.lost_scales and links.counts[-1] == 2
     at_rest(cluster, links)
@@ -384,7 +385,7 @@ def test_a_server_that_was_away_does_not_give_up_its_replicas(started, model):
         cluster._dispatcher._look_once(time.monotonic())  # before it hears what was told meanwhile
 
     before = list(links.serving)
-    cluster._dispatcher._call(away)
+    cluster._dispatcher._loop.call(away)
     assert [handle.result(60).token_ids for handle in handles] == expected
     assert links.serving == before and not any(handle.parts[0].deaths for handle in handles)
     at_rest(cluster, links)
@@ -421,7 +422,7 @@ def test_replicas_end_under_load(started, model):
         cluster._dispatcher.policy = Policy(least=1, most=3, linger=60.0, consolidate_every=None, ask_at=100)
         cluster._dispatcher._scale(1)
 
-    cluster._dispatcher._call(shrink)
+    cluster._dispatcher._loop.call(shrink)
     assert [handle.result(60).token_ids for handle in handles] == expected
     wait_until(lambda: cluster.stats().replicas == 1)
     assert sum(handle.parts[0].moves for handle in handles) > 2
@@ -437,7 +438,7 @@ def test_what_is_counted_never_falls(started):
         return (*stats.loads, stats.steps, stats.segments)
 
     handles = submitted(cluster, long(12))
-    cluster._dispatcher._call(spread, cluster, handles)
+    cluster._dispatcher._loop.call(spread, cluster, handles)
     assert all(handle.wait(60) for handle in handles)
     at_rest(cluster, links)
     done = [link.worker.engine.stats() for link in links.serving]
@@ -449,7 +450,7 @@ def test_what_is_counted_never_falls(started):
     wait_until(lambda: dies.name not in {replica.name for replica in cluster._dispatcher.replicas})
     assert all(map(operator.ge, counted(), before))
     cluster._dispatcher.policy = Policy(least=1, most=3, linger=60.0, consolidate_every=None)
-    cluster._dispatcher._call(cluster._dispatcher._scale, 1)
+    cluster._dispatcher._loop.call(cluster._dispatcher._scale, 1)
     wait_until(lambda: cluster.stats().replicas == 1)
     assert all(map(operator.ge, counted(), before))
     at_rest(cluster, links)
@@ -464,7 +465,7 @@ def test_what_a_drained_replica_did_last_is_counted(started):
     assert done
     cluster._dispatcher.policy = Policy(least=1, most=2, linger=60.0, consolidate_every=None)
     links.first_to_go = max(links.serving, key=lambda link: link.worker.engine.stats().steps).name
-    cluster._dispatcher._call(cluster._dispatcher._scale, 1)
+    cluster._dispatcher._loop.call(cluster._dispatcher._scale, 1)
     wait_until(lambda: cluster.stats().replicas == 1)
     wait_until(lambda: cluster.stats().steps == done)
 
@@ -482,7 +483,7 @@ def test_lightly_loaded_replicas_empty_out(started, model):
         spread(cluster, handles)
         cluster._dispatcher.policy = wide
 
-    cluster._dispatcher._call(apart)
+    cluster._dispatcher._loop.call(apart)
     assert [handle.result(60).token_ids for handle in handles] == expected
     assert sum(handle.parts[0].moves for handle in handles) >= 2
     at_rest(cluster, links)
@@ -537,7 +538,7 @@ def test_a_server_that_was_away_while_another_took_over_stops_and_touches_nothin
     wait_until(lambda: first.stats().replicas == 2)
     cut = submitted(first, [Asked((11, 12, 13), "lora", 60)] * 2)
     awake = threading.Event()
-    first._dispatcher._call(awake.wait)  # its loop stands still, as of a process that was stopped
+    first._dispatcher._loop.call(awake.wait)  # its loop stands still, as of a process that was stopped
     time.sleep(1.0)
     second, links = started(Policy(least=2, most=2, consolidate_every=None), beside=old)
     wait_until(lambda: second.stats().replicas == 2)
@@ -548,13 +549,13 @@ def test_a_server_that_was_away_while_another_took_over_stops_and_touches_nothin
     def scale():  # all that it would have done by what it knows
         dispatcher = first._dispatcher
         dispatcher._scale(1)
-        for replica in dispatcher._replicas.values():
+        for replica in dispatcher._presence.replicas.values():
             replica.link.kill()
-            dispatcher._spawn(replica.link.let_go())
-            dispatcher._spawn(replica.link.cancel(range(100)))
-            dispatcher._spawn(replica.link.forget(replica.link._worker.engine.model.adapters))
+            dispatcher._loop.spawn(replica.link.let_go())
+            dispatcher._loop.spawn(replica.link.cancel(range(100)))
+            dispatcher._loop.spawn(replica.link.forget(replica.link._worker.engine.model.adapters))
 
-    first._dispatcher._call(scale)
+    first._dispatcher._loop.call(scale)
     first._dispatcher.policy = Policy(least=1, most=2, consolidate_every=None)
     awake.set()
     for handle in cut:
@@ -572,10 +573,10 @@ def test_a_server_that_was_away_while_another_took_over_stops_and_touches_nothin
 
 def test_a_replica_whose_engine_begins_anew_is_met_later(started, monkeypatch):
     """It says that it is busy, which is not what a second server is told."""
-    from lorakit.scheduler import dispatcher
+    from lorakit.scheduler import presence
     from lorakit.scheduler.worker import Worker
 
-    monkeypatch.setattr(dispatcher, "_MEET_AGAIN", 0.1)
+    monkeypatch.setattr(presence, "_MEET_AGAIN", 0.1)
     hello, met = Worker.hello, []
 
     def hello_in_between(worker, term):
@@ -668,12 +669,12 @@ def test_what_has_begun_keeps_its_adapter_wherever_it_goes(started, how, end):
     else:
         cluster.model.load_adapter("new", tenants["rslora"], replace=True)
     here = handles[0].parts[0].replica
-    (there,) = cluster._dispatcher._replicas.keys() - {here}
+    (there,) = cluster._dispatcher._presence.replicas.keys() - {here}
     if how == "dies":
-        links.links[cluster._dispatcher._replicas[here].name].killed = True
+        links.links[cluster._dispatcher._presence.replicas[here].name].killed = True
     else:
         for handle in handles:
-            cluster._dispatcher._call(cluster._dispatcher._move, handle.parts[0], there)
+            cluster._dispatcher._loop.call(cluster._dispatcher._move, handle.parts[0], there)
     assert [handle.result(60).token_ids for handle in handles] == [expected] * 3
     assert any(handle.parts[0].moves + handle.parts[0].deaths for handle in handles), "nothing moved"
     key = handles[0].parts[0].known.name
@@ -687,7 +688,7 @@ def test_what_waits_gets_the_adapter_that_there_is_by_then(started, model):
     cluster, links = started(Policy(least=1, most=1, consolidate_every=None))
     _, tenants = family()
     cluster.model.load_adapter("new", tenants["lora"])
-    busy = submitted(cluster, long(cluster._dispatcher._limits.batch))
+    busy = submitted(cluster, long(cluster._dispatcher.limits.batch))
     waits = [cluster.submit((11, 12, 13), "new", max_new_tokens=8) for _ in range(2)]
     cluster.model.load_adapter("new", tenants["rslora"], replace=True)
     expected = alone(model, Asked((11, 12, 13), "rslora", 8))
@@ -719,7 +720,7 @@ def test_whatever_happens_every_request_is_answered(started, model, seed):
             elif what < 0.4:
                 rng.choice(links.serving).hangs = True
             elif what < 0.6:
-                cluster._dispatcher._call(cluster._dispatcher._scale, rng.randint(1, 3))
+                cluster._dispatcher._loop.call(cluster._dispatcher._scale, rng.randint(1, 3))
 
     troubled = threading.Thread(target=trouble)
     troubled.start()

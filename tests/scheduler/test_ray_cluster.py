@@ -129,7 +129,7 @@ def test_streams_survive_a_move(cluster, model):
     expected = [alone(model, one) for one in asked]
     handles = submitted(cluster, asked)
     for _ in range(20):
-        cluster._dispatcher._call(spread, cluster, handles)
+        cluster._dispatcher._loop.call(spread, cluster, handles)
         time.sleep(0.02)
     check(handles, expected)
     assert sum(handle.parts[0].moves for handle in handles) >= 2
@@ -148,7 +148,7 @@ def test_a_replica_is_killed_in_the_middle_of_streams(cluster, model, name):
     asked = long(10)
     expected = [alone(model, one) for one in asked]
     handles = submitted(cluster, asked)
-    cluster._dispatcher._call(spread, cluster, handles)
+    cluster._dispatcher._loop.call(spread, cluster, handles)
     for handle in handles[:4]:
         next(iter(handle))
     random.Random(0).choice(processes(name)).kill()
@@ -181,18 +181,18 @@ def test_replicas_end_under_load_and_come_again(cluster, model):
     asked = long(10)
     expected = [alone(model, one) for one in asked]
     handles = submitted(cluster, asked)
-    cluster._dispatcher._call(spread, cluster, handles)
+    cluster._dispatcher._loop.call(spread, cluster, handles)
 
     def shrink():
         cluster._dispatcher.policy = Policy(least=1, most=2, linger=600.0, consolidate_every=None, ask_at=100)
         cluster._dispatcher._scale(1)
 
-    cluster._dispatcher._call(shrink)
+    cluster._dispatcher._loop.call(shrink)
     check(handles, expected)
     wait_until(lambda: cluster.stats().replicas == 1)
     wait_until(lambda: len(processes("ray::EngineActor")) == 1, 60)
     cluster._dispatcher.policy = TWO
-    cluster._dispatcher._call(cluster._dispatcher._scale, 2)
+    cluster._dispatcher._loop.call(cluster._dispatcher._scale, 2)
 
 
 def test_an_adapter_that_loads_on_one_replica_only(bank, model, tmp_path):
