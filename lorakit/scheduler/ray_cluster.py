@@ -61,6 +61,7 @@ Make: TypeAlias = Callable[[], "Engine"]
 _NOTHING = "nothing"
 _DEPLOYMENT = "engines"
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+_NICENESS = "RAY_worker_niceness"
 _ONGOING = 100_000  # calls under way through Serve; the policy knows what a replica holds
 _LONGEST_DRAIN = 3600.0  # seconds for which Serve waits for one that is to end
 _LONGEST_DELETION = 60.0  # seconds for which replicas that are being deleted are waited for
@@ -100,22 +101,33 @@ def connected(address: str | None = None) -> Iterator[None]:
         address: the cluster's; None: RAY_ADDRESS's, or one on this machine that ends with the process.
 
     Raises:
-        EngineError: there is no such cluster.
+        EngineError: there is no such cluster, or none can begin on this machine.
     """
-    local = address is None and "RAY_ADDRESS" not in os.environ
-    if local:
-        # Ray's processes give way to all others by default; but these are the server's engines.
-        os.environ.setdefault("RAY_worker_niceness", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {"address": address}
+    if address is None:
+        own = {"address": "local", "include_dashboard": False}
+        if _NICENESS not in os.environ:
+            # Ray's processes give way to all others by default; but these are the server's engines.
+            own["_system_config"] = {"worker_niceness": 0}
     try:
-        own = {"address": "local", "include_dashboard": False} if local else {"address": address}
+        _reach(address)
         ray.init(**own, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EngineError(f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {error}") from error
+    except Exception as error:
+        what = "Ray does not start on this machine" if address is None else f"no Ray cluster answers at {address}"
+        raise EngineError(f"{what}: {error}") from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Fails where nobody listens: Ray itself would go on trying for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 class Call:

@@ -27,7 +27,7 @@ def test_each_method_beside_rows_of_another_and_of_none(method):
     model = MultiLoraModel(double())
     model.load_adapter("own", tenant(method, 1))
     model.load_adapter("lora", tenant("LORA", 2))
-    asked = requests(10, ["own", "own", "lora", None], longest=12)
+    asked = requests(6, ["own", "own", "lora", None], longest=12)
     expected = [alone(model, one) for one in asked]
     with Engine(model, SMALL) as engine:
         assert served(engine, asked) == expected

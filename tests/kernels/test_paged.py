@@ -70,9 +70,11 @@ def same(one, other):
     return torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("parts", [1, 4, 16])
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize(
+    ("heads", "dtype", "parts"),
+    [(heads, BF16, parts) for heads in HEADS.values() for parts in (1, 16)] + [((4, 2), FP16, 4)],
+    ids=str,
+)
 def test_each_row_attends_to_what_it_has_and_its_new_token(device, monkeypatch, heads, dtype, parts):
     monkeypatch.setattr(paged, "parts_of", lambda programs: parts)
     given = case(device, heads, dtype)
