@@ -38,7 +38,7 @@ from lorakit.scheduler.fleet import Fleet
 from lorakit.scheduler.flight import Counted, Flight
 from lorakit.scheduler.links import Links
 from lorakit.scheduler.live import LiveReplica
-from lorakit.scheduler.loop import Loop
+from lorakit.scheduler.loop import ENDS, Loop
 from lorakit.scheduler.messages import Ending, Given, News
 from lorakit.scheduler.policy import Policy, consolidate, may_release, newest, route, scale_up
 from lorakit.scheduler.presence import Presence, Told
@@ -52,7 +52,6 @@ _log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds between two looks at what nobody tells, at most
 _SEND_AGAIN = 0.2  # seconds after which a sequence that did not reach its replica is sent again
-_NOT_HERE = (asyncio.CancelledError, SupersededError)  # what ends a task, and is not the replica's
 
 
 class Dispatcher:
@@ -194,7 +193,7 @@ class Dispatcher:
             await asyncio.sleep(self._config.beat)
             try:
                 await asyncio.wait_for(self._links.lead(), self._config.silence)
-            except _NOT_HERE:
+            except ENDS:
                 raise
             except Exception as error:  # noqa: BLE001 - it may be starting anew
                 _log.warning("nobody hears that this server leads the replicas: %s", error)
@@ -379,7 +378,7 @@ class Dispatcher:
         try:
             await self._introduce(flight)
             sent = await self._links.give(given, partial(self._choose, flight, ticket))
-        except _NOT_HERE:
+        except ENDS:
             raise
         except Exception as error:  # noqa: BLE001 - the replica may have died, or never got it
             await asyncio.sleep(_SEND_AGAIN)

@@ -8,7 +8,12 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from lorakit.errors import SupersededError
+
 _T = TypeVar("_T")
+
+ENDS = (asyncio.CancelledError, SupersededError)
+"""What ends a task of a cluster, and is not the fault of whom it asked."""
 
 
 class Loop:

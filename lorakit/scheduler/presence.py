@@ -13,12 +13,12 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from lorakit.engine.stats import EngineStats
-from lorakit.errors import EngineError, SupersededError
+from lorakit.errors import EngineError
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.config import ClusterConfig
 from lorakit.scheduler.links import Links
 from lorakit.scheduler.live import LiveReplica
-from lorakit.scheduler.loop import Loop
+from lorakit.scheduler.loop import ENDS, Loop
 from lorakit.scheduler.messages import Hello, News
 from lorakit.scheduler.snapshot import Limits
 from lorakit.scheduler.totals import Totals
@@ -27,7 +27,6 @@ _log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds between two looks at which replicas there are
 _MEET_AGAIN = 2.0  # seconds after which a replica that could not be met is met again
-_NOT_HERE = (asyncio.CancelledError, SupersededError)  # what ends a task, and is not the replica's
 _NO_LIMIT = Limits(batch=1, blocks=1, block_tokens=1)
 
 
@@ -90,7 +89,7 @@ class Presence:
         while True:
             try:
                 await asyncio.wait_for(self._links.ids(self._see), 10 * _LOOK)
-            except _NOT_HERE:
+            except ENDS:
                 raise
             except Exception as error:  # noqa: BLE001 - there may be none for a while
                 _log.debug("nobody tells which replicas there are: %s", error)
@@ -142,7 +141,7 @@ class Presence:
             pinned = [self._catalog.known(one) for one in self._catalog.pinned]
             if pinned:
                 await link.know(pinned)
-        except _NOT_HERE:
+        except ENDS:
             raise
         except Exception as error:  # noqa: BLE001 - it may be on its way out
             _log.warning("replica %s cannot be reached: %s", name, error)
@@ -177,7 +176,7 @@ class Presence:
                 if self.has(replica):
                     self._told.said(replica, news)
             reason, kill = "it has not heard of this server for too long", False
-        except _NOT_HERE:
+        except ENDS:
             raise
         except EngineError as error:  # it lives, and tells why it says no more
             reason, kill = str(error), False

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from lorakit.errors import SupersededError
 from lorakit.scheduler.links import Links
+from lorakit.scheduler.loop import ENDS
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Target:
                 try:
                     await asyncio.wait_for(self._links.scale(count), self._patience)
                     told = count
-                except (asyncio.CancelledError, SupersededError):
+                except ENDS:
                     raise
                 except Exception as error:  # noqa: BLE001 - it may be starting anew
                     _log.warning("replicas cannot be asked for: %s", error)

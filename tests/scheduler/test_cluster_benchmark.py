@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 from in_process import InProcess
+from tiny import TINY
 
 from lorakit import Engine, MultiLoraModel
 from lorakit.bench import cluster as benchmark
 from lorakit.bench import engine_costs, open_loop
 from lorakit.bench.cluster import Setting
-from lorakit.bench.llamas import Llama
 from lorakit.bench.open_loop import Run, Served
 from lorakit.bench.random_bank import RandomBank
 from lorakit.engine.config import EngineConfig
@@ -22,20 +22,6 @@ from lorakit.scheduler.config import ClusterConfig
 from lorakit.scheduler.costs import Costs
 from lorakit.scheduler.sample import Sample
 
-TINY = Llama(
-    shape={
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 4096,
-    },
-    dtype=torch.float32,
-    attention="sdpa",
-    rank=2,
-)
 SETTING = Setting(
     replicas=2, batch=3, tokens=64, seconds=3.0, shorter=128, linger=0.3, consolidate_every=0.2, adapters=6, rounds=1
 )
