@@ -72,7 +72,7 @@ def test_a_draw_is_the_same_in_every_process():
 LOGITS = st.lists(st.integers(-40, 40).map(lambda eighths: eighths / 8), min_size=1, max_size=12)
 
 
-@given(LOGITS, st.sampled_from([0.25, 0.7, 1.0, 3.0]), st.integers(0, 15), st.floats(0.01, 1))
+@given(LOGITS, st.sampled_from([0.25, 0.7, 1.0, 3.0]), st.integers(0, 15), st.floats(2**-7, 1, width=32))
 def test_the_tokens_that_stay_are_those_of_transformers(values, temperature, top_k, top_p):
     logits = torch.tensor([values])
     scores = TemperatureLogitsWarper(temperature)(None, logits.double())

@@ -119,18 +119,23 @@ def attend_kernel(
     if tl.atomic_add(tickets + row * HEADS + head, 1, sem="acq_rel") < active - 1:
         return
     tl.store(tickets + row * HEADS + head, 0)
-    p = tl.arange(0, PARTS)
-    for one in tl.static_range(GROUP):
-        at = (place + one) * PARTS + p
+    # One after the other, all queries at once: so nothing has to be summed over threads.
+    highest = tl.full([QUERIES], -1e30, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    mean = tl.zeros([QUERIES, SIZE], tl.float32)
+    for one in tl.range(active):
+        at = (place + g) * PARTS + one
         # Past the first-level cache, which may hold what was there before.
-        tops = tl.load(sums + at * 2, mask=p < active, other=-1e30, cache_modifier=".cg")
-        totals = tl.load(sums + at * 2 + 1, mask=p < active, other=0.0, cache_modifier=".cg")
-        theirs = tl.load(
-            parts + (at * SIZE)[:, None] + d[None, :], mask=(p < active)[:, None], other=0.0, cache_modifier=".cg"
-        )
-        share = tl.exp2(tops - tl.max(tops, axis=0))
-        whole = tl.sum(theirs * share[:, None], axis=0) / tl.sum(totals * share, axis=0)
-        tl.store(out + (place + one) * SIZE + d, whole.to(out.dtype.element_ty))
+        top = tl.load(sums + at * 2, mask=g < GROUP, other=-1e30, cache_modifier=".cg")
+        theirs = tl.load(sums + at * 2 + 1, mask=g < GROUP, other=0.0, cache_modifier=".cg")
+        means = tl.load(parts + (at * SIZE)[:, None] + d[None, :], mask=mine, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(highest, top)
+        kept = tl.exp2(highest - higher)
+        share = tl.exp2(top - higher)
+        total = total * kept + theirs * share
+        mean = mean * kept[:, None] + means * share[:, None]
+        highest = higher
+    tl.store(to, (mean / total[:, None]).to(out.dtype.element_ty), mask=mine)
 
 
 def can_attend(query: Tensor, key: Tensor, keys: Tensor, values: Tensor) -> bool:
