@@ -47,7 +47,7 @@ from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.cluster import Cluster
 from lorakit.scheduler.config import ClusterConfig
 from lorakit.scheduler.costs import SECOND, Costs, read_costs
-from lorakit.scheduler.policy import Policy
+from lorakit.scheduler.policy import Policy, spare_of
 from lorakit.scheduler.sample import Sample
 from lorakit.scheduler.schemes import Punica
 from lorakit.scheduler.simulator import Hardware, Outcome, simulate
@@ -85,7 +85,7 @@ class Setting(NamedTuple):
     seconds: float = 420.0
     share: float = 0.85
     shorter: int = 1
-    linger: float = 25.0
+    linger: float = Policy.linger
     consolidate_every: float = 5.0
     adapters: int = 32
     costs: str | None = None
@@ -95,8 +95,7 @@ class Setting(NamedTuple):
     @property
     def policy(self) -> Policy:
         """Punica's, its defaults but for what depends on the number of replicas and on their batch."""
-        places = self.replicas * self.batch
-        spare = Policy().spare * places // (Policy().most * Limits().batch)
+        spare = spare_of(self.replicas, self.batch)
         return Policy(most=self.replicas, spare=spare, linger=self.linger, consolidate_every=self.consolidate_every)
 
     def lengths(self, rng: random.Random) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from lorakit.workloads import Asked, punica_hour
 
 RATE, SECONDS, GPUS = 85.0, 3600.0, 16
 _HARDWARE = Hardware(read_costs("h100-llama-2-7b"))
-_PAPER = Policy(headroom=1, ask_at=1, linger=0.0, spare=0)
+_PAPER = Policy(headroom=1, ask_at=1, backlog=1, linger=0.0, spare=0)
 """Punica's rules with nothing added: a lightly loaded GPU is kept, an empty one goes at once."""
 
 _SCHEMES: Mapping[str, tuple[str, Policy, Autoscaler | None]] = {
@@ -36,6 +36,7 @@ _SCHEMES: Mapping[str, tuple[str, Policy, Autoscaler | None]] = {
     "punica-fair": ("punica-fair", Policy(), None),
     "punica, the paper's rules alone": ("punica", _PAPER, None),
     "punica, never consolidating": ("punica", Policy(consolidate_every=None), None),
+    "punica, a GPU for each batch that waits": ("punica", Policy(backlog=1, linger=25.0), None),
     "ray-serve, its defaults": ("ray-serve", Policy(), Autoscaler()),
     "ray-serve, target 22": ("ray-serve", Policy(), Autoscaler(22.0)),
     "ray-serve, target 24, down after 60 s": ("ray-serve", Policy(), Autoscaler(24.0, down_delay=60.0)),
@@ -47,8 +48,9 @@ _SCHEMES: Mapping[str, tuple[str, Policy, Autoscaler | None]] = {
 _PLOTTED = ("punica", "ray-serve, its defaults", "ray-serve, target 22", "gpu-a-tenant")
 
 CURVES: Mapping[str, tuple[Any, ...]] = {
-    "linger": (0.0, 10.0, 25.0, 40.0, 60.0),
+    "linger": (0.0, 5.0, 10.0, 15.0, 25.0, 40.0, 60.0),
     "ask_at": (1, 4, 16, 32),
+    "backlog": (1, 2, 4, 8, 16),
     "spare": (0, 16, 32, 64, 128),
     "consolidate_every": (2.0, 5.0, 15.0, 60.0),
     "consolidate_below": (0.1, 0.25, 0.5, 1.0),
@@ -101,7 +103,13 @@ def run_hour(folder: Path, rate: float, seconds: float, *, seeds: tuple[int, ...
     show(f"{len(asked):,} requests", columns, lines, path)
 
 
-_AGAIN = ("punica", "ray-serve, its defaults", "ray-serve, target 22", "ray-serve, target 24, down after 60 s")
+_AGAIN = (
+    "punica",
+    "punica, a GPU for each batch that waits",
+    "ray-serve, its defaults",
+    "ray-serve, target 22",
+    "ray-serve, target 24, down after 60 s",
+)
 
 
 def _parameters(asked: list[Asked], least: Mapping[str, float]) -> Iterator[tuple[str, Any, dict[str, float]]]:
@@ -114,7 +122,7 @@ def _parameters(asked: list[Asked], least: Mapping[str, float]) -> Iterator[tupl
                 policy = Policy(headroom=1, light=value)
             else:
                 # Moves are rare where many places have to stay free: what they cost is seen where they are not.
-                spare = {} if name in ("linger", "ask_at", "spare") else {"spare": 16}
+                spare = {} if name in ("linger", "ask_at", "backlog", "spare") else {"spare": 16}
                 policy = Policy(**{**spare, name: value})
             found = numbers({name: _play(asked, make_scheme("punica", policy, Limits(), None), None, hardware)}, least)
             one = found[name]

@@ -4,13 +4,14 @@
 
 makes the files of `measured/` again. For Llama-2-7B on an H100:
 
-- `step`, `row`, `context`, `lora` and `rank` by least squares to six decode steps whose batch is known: five of
-  engine-step (32 rows and one, without adapters, with one, with 32) and that of engine-loading (31 rows, longer
-  contexts). Five numbers from six: what they are worth is shown by whole runs that they have not seen
-  (`docs/guides/simulate.md`).
+- `step`, `row`, `context`, `lora` and `rank` by least squares to seven decode steps whose batch is known: five of
+  engine-step (32 rows and one, without adapters, with one, with 32) and the median ones of engine-workloads with 64
+  rows (one adapter, and one a row), whose contexts are longer. Five numbers from seven: what they are worth is shown by
+  whole runs (`docs/guides/simulate.md`).
 - `prompt` from kernels-prefill-layer, base and adapters of rank 16: so many layers of it, over its tokens.
 - `prompts` from engine-workloads: what a forward with a prompt takes longer than one without is there the difference of
-  p99 and p50 between tokens, as 2 to 3 % of the gaps have a prompt in them; less the median prompt's own tokens.
+  p99 and p50 between tokens, as some percent of the gaps have a prompt in them; less the median prompt's own tokens. It
+  is a copy of all that the rows have in the cache: 32 rows take half as long as the 64 that were measured.
 - `load` from adapter-load.
 
 Assumed: the start of a GPU, 30 s. For other bases on an H100: Llama-2-7B's `row`, `prompt` and `load`, scaled by their
@@ -32,10 +33,9 @@ import numpy as np
 from lorakit.scheduler.costs import SECOND
 
 _MS = SECOND // 1000
-_RANK, _ROWS = 16, 32
+_RANK, _ROWS, _MANY = 16, 32, 64
 _PUNICA_MEDIAN_PROMPT = 17
 _H100 = "NVIDIA H100 80GB HBM3"
-_CELL = f"batch {_ROWS}, liger, "
 
 
 def fit(benchmarks: Path) -> dict[str, dict[str, Any]]:
@@ -49,14 +49,14 @@ def fit(benchmarks: Path) -> dict[str, dict[str, Any]]:
     """
     step = _read(benchmarks, "engine_step")
     base = _base_7b(benchmarks, step)
-    from_7b = {"engine_step.json", "engine_loading.json", "kernels_prefill_layer.json", "engine_workloads.json"}
+    from_7b = {"engine_step.json", "kernels_prefill_layer.json", "engine_workloads.json"}
     found = {"h100-llama-2-7b": _content(base, sorted(from_7b | {"adapter_load.json"}), _H100)}
     for name, file in (("llama-3-8b", "engine_step_8b"), ("llama-2-13b", "engine_step_13b")):
         other = _read(benchmarks, file)
         costs = _scaled(base, step["setting"], other)
         found[f"h100-{name}"] = _content(costs, [f"{file}.json", "and those of h100-llama-2-7b"], _H100)
     found["h200-llama-2-7b"] = _content(
-        _h200(base, _read(benchmarks, "engine_workloads")["cells"]),
+        _h200(base, _cells(benchmarks, _ROWS, "NVIDIA H200")),
         ["engine_workloads.json", "and those of h100-llama-2-7b"],
         "NVIDIA H200",
     )
@@ -116,22 +116,19 @@ def _base_7b(benchmarks: Path, step: Mapping[str, Any]) -> dict[str, float]:
         for batch in batches:
             rows.append([1, batch, batch * context, adapters > 0, _RANK * adapters])
             times.append(step["results"][f"lorakit, {mix}, batch {batch}, liger"]["step_ms"]["median"])
-    loading = _read(benchmarks, "engine_loading")
-    many, middle = loading["setting"]["rows"], loading["setting"]["prompt"] + loading["setting"]["tokens"] / 2
-    rows.append([1, many, many * middle, 1, _RANK * many])
-    times.append(loading["results"]["no loads"]["between_tokens_ms"]["p50"]["median"])
+    cells = _cells(benchmarks, _MANY, _H100)
+    for cell in cells.values():
+        rows.append([1, _MANY, _MANY * MEAN_CONTEXT, 1, _RANK * cell["mean_adapters_of_a_forward"]])
+        times.append(cell["between_tokens_ms"]["p50"])
     solution = _least_squares(np.array(rows, dtype=float), np.array(times))
     layer = _read(benchmarks, "kernels_prefill_layer")
     tokens = layer["setting"]["rows"] * layer["setting"]["tokens_per_row"]
     timed = layer["results"][f"rank {_RANK}"]
     layers = setting["shape"]["num_hidden_layers"]
     prompt = layers * (timed["base_us"]["median"] + timed["added_us"]["lorakit"]["median"]) / tokens / 1e3
-    cells = _read(benchmarks, "engine_workloads")["cells"]
-    gaps = [cell["results"]["between_tokens_ms"] for name, cell in cells.items() if name.endswith(_CELL + _H100)]
-    longer = float(np.mean([gap["p99"] - gap["p50"] for gap in gaps]))
     return {
         **dict(zip(("step", "row", "context", "lora", "rank"), solution.tolist(), strict=True)),
-        "prompts": longer - _PUNICA_MEDIAN_PROMPT * prompt,
+        "prompts": (_longer(cells) - _PUNICA_MEDIAN_PROMPT * prompt) * _ROWS / _MANY,
         "prompt": prompt,
         "load": _read(benchmarks, "adapter_load")["results"]["load_ms"]["median"],
     }
@@ -160,28 +157,35 @@ def _scaled(base: Mapping[str, float], setting: Mapping[str, Any], other: Mappin
     }
 
 
-def _h200(base: Mapping[str, float], cells: Mapping[str, Any]) -> dict[str, float]:
+def _h200(base: Mapping[str, float], found: Mapping[str, Any]) -> dict[str, float]:
     """One factor, by which an H200's steps of one adapter are shorter, and what an adapter more costs there."""
-    found = {
-        name.split(",")[0]: cell["results"] for name, cell in cells.items() if name.endswith(_CELL + "NVIDIA H200")
-    }
     p50 = {name: one["between_tokens_ms"]["p50"] for name, one in found.items()}
     adapters = {name: one["mean_adapters_of_a_forward"] for name, one in found.items()}
     one = base["step"] + _ROWS * (base["row"] + MEAN_CONTEXT * base["context"]) + base["lora"] + _RANK * base["rank"]
     factor = p50["identical"] / one
-    longer = float(
-        np.mean([gap["between_tokens_ms"]["p99"] - gap["between_tokens_ms"]["p50"] for gap in found.values()])
-    )
     rank = (p50["distinct"] - p50["identical"]) / (adapters["distinct"] - adapters["identical"]) / _RANK
     scaled = {name: value * factor for name, value in base.items()}
     # An adapter's own cost is known there, so what one costs less of it is in `lora`.
     scaled["lora"] += _RANK * (scaled["rank"] - rank)
-    prompts = longer - _PUNICA_MEDIAN_PROMPT * scaled["prompt"]
+    prompts = _longer(found) - _PUNICA_MEDIAN_PROMPT * scaled["prompt"]
     return {**scaled, "rank": rank, "prompts": prompts, "load": base["load"]}
 
 
 MEAN_CONTEXT = 681
 """Tokens of a running request's context with Punica's lengths: of U(0, 2048) in all, about a third of the most."""
+
+
+def _cells(benchmarks: Path, rows: int, gpu: str) -> dict[str, Any]:
+    """Popularity → what engine-workloads found at a batch size on a kind of GPU."""
+    cells = _read(benchmarks, "engine_workloads")["cells"]
+    ends = f"batch {rows}, liger, {gpu}"
+    return {name.split(",")[0]: cell["results"] for name, cell in cells.items() if name.endswith(ends)}
+
+
+def _longer(cells: Mapping[str, Any]) -> float:
+    """By how many milliseconds forwards with a prompt are longer than others."""
+    gaps = [cell["between_tokens_ms"] for cell in cells.values()]
+    return float(np.mean([gap["p99"] - gap["p50"] for gap in gaps]))
 
 
 def _weights(shape: Mapping[str, Any]) -> float:

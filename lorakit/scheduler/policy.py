@@ -37,6 +37,7 @@ class Policy:
         headroom: lightly loaded replicas to keep, those that start among them.
         headroom_share: the same as a share of the replicas; the larger one counts.
         ask_at: from so many waiting requests on a GPU is asked for on their behalf.
+        backlog: batches of waiting requests for which one GPU is asked: places become free while it starts.
         least: replicas that stay, also without requests.
         most: replicas there may be.
         linger: seconds for which an empty replica stays.
@@ -54,9 +55,10 @@ class Policy:
     headroom: int = 0
     headroom_share: float = 0.0
     ask_at: int = 4
+    backlog: int = 4
     least: int = 1
     most: int = 16
-    linger: float = 25.0
+    linger: float = 15.0
     look_every: float = 1.0
     consolidate_every: float | None = 5.0
     consolidate_below: float = 0.5
@@ -73,6 +75,7 @@ class Policy:
         lowest_of = {
             "headroom": 0,
             "ask_at": 1,
+            "backlog": 1,
             "least": 0,
             "most": 1,
             "spare": 0,
@@ -93,6 +96,11 @@ class Policy:
                 raise ConfigError(f"the policy's {name} is {seconds!r}; give seconds, more than 0.")
         if self.rank_budget is not None and self.rank_budget < 1:
             raise ConfigError(f"the policy's rank_budget is {self.rank_budget}; give at least an adapter's rank.")
+
+
+def spare_of(replicas: int, batch: int = Limits().batch) -> int:
+    """`Policy.spare` for other than the 16 replicas of 32 places that its default was chosen for: the same share."""
+    return Policy.spare * replicas * batch // (Policy.most * Limits().batch)
 
 
 class Move(NamedTuple):
@@ -181,7 +189,7 @@ def scale_up(fleet: Fleet, starting: int, waiting: int, limits: Limits, policy: 
     owned = len(fleet) + starting
     wanted = max(policy.headroom, math.ceil(policy.headroom_share * owned))
     if waiting >= policy.ask_at:
-        wanted += -(-waiting // limits.batch)
+        wanted += -(-waiting // (limits.batch * policy.backlog))
     wanted = max(wanted, policy.least - owned + starting)
     missing = wanted - starting
     if missing <= 0:

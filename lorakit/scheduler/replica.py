@@ -254,7 +254,8 @@ class SimulatedReplica:
                 count = min(count, self._steps_until(ready - self._since))
         limit = self.limits.blocks - self._reserved - self.working_set
         if self._used + len(self._rows) * (count // self.limits.block_tokens + 1) > limit:
-            count = min(count, self._steps_to_fill(limit))
+            # Full in the middle of a forward, as a job has come with a token more than was expected: at its end.
+            count = min(count, max(self._steps_to_fill(limit), self._steps_until(now - self._since)))
         self._planned = count
         return self._since + self._time(count)
 

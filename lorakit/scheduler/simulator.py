@@ -150,6 +150,7 @@ class _Simulation:
                 place += 1
                 continue
             now, order, number, version = heapq.heappop(events)
+            assert now >= self._now
             if order < _COMING:
                 replica = self._replicas.get(number)
                 if replica is None or replica.version != version:
@@ -261,6 +262,7 @@ class _Simulation:
             self._expected[job.key] = tokens
             target.expect(job, tokens, self._now, self._fleet)
             self._fleet.resize(target.id, target.working_set)
+            self._plan(target)  # its cache is full sooner
             if source.leave(job):
                 self._transfer(job)
                 self._fleet.resize(source.id, source.working_set)

@@ -22,7 +22,7 @@ from lorakit.runtime.model import MultiLoraModel
 from lorakit.scheduler.catalog import Catalog
 from lorakit.scheduler.cluster import Cluster
 from lorakit.scheduler.config import ClusterConfig
-from lorakit.scheduler.policy import Policy
+from lorakit.scheduler.policy import Policy, spare_of
 from lorakit.server.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def numbers_of(text: str) -> tuple[int, int]:
 
 def fleet_of(least: int, most: int) -> list[str]:
     """What a policy's defaults, chosen for 16 GPUs, become for another number of them, as `make_policy` takes it."""
-    return [f"least={least}", f"spare={Policy().spare * most // Policy().most}"]
+    return [f"least={least}", f"spare={spare_of(most)}"]
 
 
 def base_options(dtype: str, attention: str | None) -> dict[str, Any]:

@@ -126,6 +126,9 @@ def test_scale_up_when_no_lightly_loaded_gpu_is_left():
     assert scale_up(full, 1, 0, LIMITS, policy) == 0
     assert scale_up(full, 0, 5, LIMITS, policy) == 2  # 1 + ⌈5/4⌉, but 4 at most
     assert scale_up(full, 0, 5, LIMITS, Policy(light=0.5, most=4, ask_at=6)) == 1
+    patient = Policy(light=0.5, most=9, headroom=0, backlog=2)
+    assert [scale_up(full, 0, waiting, LIMITS, patient) for waiting in (0, 1, 8, 9, 17)] == [0, 1, 1, 2, 3]
+    assert [scale_up(full, 1, waiting, LIMITS, patient) for waiting in (1, 8, 9, 17)] == [0, 0, 1, 2]
     assert scale_up(full, 0, 0, LIMITS, policy, draining=2) == 0
     # A small working set whose cache is nearly full is no light load.
     assert scale_up(Fleet.of(4, [replica(0, 2, free=9)]), 0, 0, LIMITS, policy) == 1
