@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import transformers
@@ -72,6 +72,7 @@ from transformers.generation.continuous_batching.utils import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from lorakit.engine.attention import cached_rows
+from lorakit.engine.in_place import reads_in_place
 
 Chooser: TypeAlias = Admission | Leader | Follower
 """What offers jobs: alone, or as one of several processes."""
@@ -141,9 +142,21 @@ class Cache(PagedAttentionCache):
     """The paged cache, its blocks shared among requests of the same adapter content only.
 
     A block before an adapter begins to act is the base's, and shared with it.
+
+    Attributes:
+        owners: the jobs of its requests.
+        in_place: whether batches in which prompts begin read it where it is, see `reads_in_place`.
     """
 
     owners: dict[str, Job]
+    in_place: bool
+
+    def table_of(self, futures: Sequence[FutureRequestState], rows: int, width: int) -> torch.Tensor:
+        """(kinds of layer, rows, width) int32, the blocks of a batch's rows; -1 where a row has none."""
+        table = torch.full((len(self.cache_allocators), rows, width), -1, dtype=torch.int32)
+        for row, future in enumerate(futures):
+            self.fill_block_table(future.state.request_id, 0, 0, table[:, row])
+        return table
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         """The number of tokens at the prompt's beginning that some request of the same content has computed."""
@@ -180,6 +193,16 @@ class _Owning(FIFOScheduler):
         """Forgets all requests."""
         super().reset()
         self.cache.owners = {}
+
+    def schedule_batch(
+        self, token_budget: int, cache_budget: int
+    ) -> tuple[list[FutureRequestState] | None, bool, int, int]:
+        """Chooses the requests of the next batch, and has nothing of the cache copied for it, if that can be."""
+        futures, decodes, tokens, reads = super().schedule_batch(token_budget, cache_budget)
+        if futures and self.cache.in_place:
+            longest = max(future.state.position_offset + future.query_length for future in futures)
+            reads = reads if longest > self.cache.max_decode_fast_path_length else 0
+        return futures, decodes, tokens, reads
 
     def add_waiting_request(self, state: RequestState) -> None:
         """Takes a request that is new, or that had to leave the batch."""
@@ -399,9 +422,15 @@ class Runner(ModelRunner):
             for config in (self.cb_config.varlen_compile_config, self.cb_config.decode_compile_config)
         ]
         self._compiled_varlen = self._compiled_decode = None
-        self._graphs: dict[tuple[Mode | None, int, tuple[bool, ...]], CudaGraphBuffer] = {}
+        self._graphs: dict[tuple[Mode | None, int, tuple[bool, ...], bool], CudaGraphBuffer] = {}
+        self._table: torch.Tensor | None = None
         self._likely: dict[int, _LikelyOf] = {}
         self._version: tuple[int, int, int] | None = None
+
+    def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
+        """The tokens that a batch has and copies from the cache, with padding; transformers pads also no copy."""
+        tokens, reads = super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
+        return tokens, reads if max_kv_read else 0
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         """Runs a batch that was prepared."""
@@ -412,6 +441,7 @@ class Runner(ModelRunner):
         slots += [None] * (tokens - len(slots))  # padding
         kept = self._kept(batch_data["logits_indices"].shape[0]) if self.supports_logits_to_keep(model) else None
         with self._stream():
+            self._table = self._table_of(batch_data)
             self.model.pool.wait(self.chooser.fresh())
             standing = self._stand_in or self.model.standing(slots, **self._most())
             if standing is not None:
@@ -430,10 +460,25 @@ class Runner(ModelRunner):
             with self._stream():
                 likely.fetch()
 
+    def _table_of(self, batch_data: dict[str, Any]) -> torch.Tensor | None:
+        """The blocks of a batch with prompts, on the device, if its rows have more in the cache than is new.
+
+        None for other batches, and where transformers copies what the rows have there.
+        """
+        io, futures = self._io("device_io"), self._futures()
+        was_there = any(future.state.position_offset > future.query_length for future in futures)
+        if not (self.cache.in_place and was_there) or io.use_block_table or io.max_kv_read:
+            return None
+        # Nobody asks for it, and one graph is enough for each size of a batch, whatever its rows have in the cache.
+        batch_data["max_length_k"] = io.max_length_k = dict.fromkeys(io.max_length_k, 1)
+        table: torch.Tensor = io.block_table[:, : batch_data["cu_seq_lens_q"].shape[0] - 1]
+        found = self.cache.table_of(futures, *table.shape[1:])
+        table.copy_(found.pin_memory() if table.is_cuda else found, non_blocking=True)
+        return table
+
     def _likely_of_batch(self) -> _LikelyOf:
         """Where the batch's most likely tokens go; each pair of tensors has its own, as it has its own graphs."""
-        io = self.inputs_and_outputs
-        io = io.io_pairs[io.current_pair].host_io if isinstance(io, ContinuousBatchingAsyncIOs) else io
+        io = self._io("host_io")
         if id(io) not in self._likely:
             self._likely[id(io)] = _LikelyOf(io, self.cb_config.max_requests_per_batch, self.model.device)
         return self._likely[id(io)]
@@ -475,17 +520,14 @@ class Runner(ModelRunner):
 
     def _choose_graphs(self, standing: Standing | None) -> None:
         """Lays out the graphs that were captured for batches like this one; each pair of tensors has its own."""
-        io, pair = self.inputs_and_outputs, 0
-        if isinstance(io, ContinuousBatchingAsyncIOs):
-            pair = io.current_pair
-            io = io.io_pairs[pair].device_io
+        pair = getattr(self.inputs_and_outputs, "current_pair", 0)
         version = None if standing is None else self.model.standing_version
         if version is not None and version != self._version:
             self._graphs = {key: graphs for key, graphs in self._graphs.items() if key[0] is None}
             self._version = version
         rows = self.logit_processor
-        key = None if standing is None else standing.mode, pair, rows.kind
-        io.graphs = self._graphs.setdefault(key, CudaGraphBuffer())
+        key = None if standing is None else standing.mode, pair, rows.kind, self._table is not None
+        self._io("device_io").graphs = self._graphs.setdefault(key, CudaGraphBuffer())
 
     def _stream(self) -> AbstractContextManager[Any]:
         stream = self.inputs_and_outputs.compute_stream
@@ -502,10 +544,13 @@ class Runner(ModelRunner):
         return kept + [0] * (rows - len(kept))
 
     def _futures(self) -> list[FutureRequestState]:
-        io = self.inputs_and_outputs
-        io = io.io_pairs[io.current_pair].host_io if isinstance(io, ContinuousBatchingAsyncIOs) else io
-        found: list[FutureRequestState] = io.requests_in_batch
+        found: list[FutureRequestState] = self._io("host_io").requests_in_batch
         return found
+
+    def _io(self, side: Literal["host_io", "device_io"]) -> Any:
+        """The tensors of the batch that was prepared; asynchronous batches take turns with two pairs of them."""
+        io = self.inputs_and_outputs
+        return getattr(io.io_pairs[io.current_pair], side) if isinstance(io, ContinuousBatchingAsyncIOs) else io
 
     def _forward_process_and_sample(
         self,
@@ -516,10 +561,10 @@ class Runner(ModelRunner):
         output_ids: torch.Tensor,
     ) -> None:
         self.inputs_and_outputs.carry_over_tokens(batch_data["input_ids"], carry_over_ids, prev_output_ids)
-        cached = cached_rows(batch_data)
+        cached, decodes = cached_rows(batch_data, self._table), batch_data["block_table"] is not None
         inputs = batch_data if cached is None else {**batch_data, "cached_rows": cached}
         with self._serving():
-            logits = self._bases[cached is not None](model, inputs)
+            logits = self._bases[decodes](model, inputs)
         if "logits_to_keep" not in batch_data:
             logits = logits[:, batch_data["logits_indices"], :]
         logits = logits[0].float()
@@ -816,6 +861,7 @@ class Batching(ContinuousBatchingManager):
             model_supports_logits_to_keep=self.model._supports_logits_to_keep(),
         )
         cache.owners = {}
+        cache.in_place = reads_in_place(self.model.config.get_text_config(), cache)
         self._use_prefix_sharing = cache.use_prefix_sharing
         update_cb_config_after_cache_creation(
             cb_config=config, num_blocks=cache.num_blocks, max_batch_tokens=cache.max_batch_tokens

@@ -3,10 +3,10 @@
 import copy
 from types import SimpleNamespace
 
+import flash
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from transformers.modeling_flash_attention_utils import _lazy_define_process_function
 
 from lorakit.engine import attention
 from lorakit.engine.attention import cached_rows
@@ -16,27 +16,12 @@ TABLE = torch.tensor([[5, 2, -1, -1, -1], [0, 3, 6, -1, -1], [1, -1, -1, -1, -1]
 LENGTHS = torch.tensor([4, 9, 0], dtype=torch.int32)
 
 
-def flash(q, k_cache, v_cache, k, v, cache_seqlens=None, page_table=None, softmax_scale=None, causal=False):
-    """As FlashAttention's `flash_attn_with_kvcache`: (n, 1, heads, size), caches (blocks, tokens, heads, size)."""
-    found = []
-    for row, (length, blocks) in enumerate(zip(cache_seqlens.tolist(), page_table.tolist(), strict=True)):
-        for cache, new in ((k_cache, k), (v_cache, v)):
-            cache[blocks[length // BLOCK], length % BLOCK] = new[row, 0]
-        used = blocks[: length // BLOCK + 1]
-        keys, values = (cache[used].flatten(0, 1)[: length + 1].transpose(0, 1) for cache in (k_cache, v_cache))
-        queries = q[row].transpose(0, 1)
-        repeats = queries.shape[0] // keys.shape[0]
-        keys, values = keys.repeat_interleave(repeats, 0), values.repeat_interleave(repeats, 0)
-        weights = (queries @ keys.transpose(1, 2) * softmax_scale).softmax(-1)
-        found.append((weights @ values).transpose(0, 1))
-    return torch.stack(found)
-
-
 @pytest.fixture
 def with_flash(monkeypatch):
-    functions = (None, None, flash, None, None), (None, _lazy_define_process_function(flash))
     asked = []
-    monkeypatch.setattr(attention, "lazy_import_flash_attention", lambda name: (asked.append(name), functions)[1])
+    monkeypatch.setattr(
+        attention, "lazy_import_flash_attention", lambda name: (asked.append(name), flash.functions())[1]
+    )
     return asked
 
 

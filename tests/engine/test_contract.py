@@ -50,6 +50,9 @@ SIGNATURES = {
     cache_allocator.CacheAllocator.mark_complete_blocks: "request_id token_ids new_new_blocks",
     model_runner.ModelRunner.__init__: ("logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs"),
     model_runner.ModelRunner.compute_batch: "model batch_data",
+    model_runner.ModelRunner.maybe_pad_inputs: "num_q_tokens max_kv_read use_decode_fast_path",
+    cache_module.PagedAttentionCache.fill_block_table: "request_id past_length query_length block_table",
+    input_outputs.ContinuousBatchingIOs._get_graph_key: "",
     model_runner.ModelRunner._forward_process_and_sample: (
         "model batch_data carry_over_ids prev_output_ids output_ids"
     ),

@@ -86,6 +86,14 @@ def test_each_row_attends_to_what_it_has_and_its_new_token(device, monkeypatch, 
     assert not given[-1].any(), "the next layer draws the same tickets"
 
 
+def test_rows_that_pad_are_left_as_they_were(device):
+    given = case(device, (4, 2))
+    out = torch.full_like(given[0], 7.0)
+    assert paged.attend_by(SMALL, *given, 0.1, out, least=LEAST) is out
+    assert out[-1].eq(7).all(), "a row that pads the batch"
+    assert out[:-1].equal(paged.attend_by(SMALL, *case(device, (4, 2)), 0.1, least=LEAST)[:-1])
+
+
 def test_large_scores_do_not_overflow(device):
     given = case(device, (4, 2))
     expected, _ = exact(*given, 50.0)

@@ -42,7 +42,7 @@ def attend_kernel(
     key_block, key_token, key_head, value_block, value_token, value_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
     PARTS: tl.constexpr, LEAST: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    EXACT: tl.constexpr, PDL: tl.constexpr,
+    EXACT: tl.constexpr, FILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (head of keys, row, part): part of the row's tokens → the means of its values, or a part of them."""
     head = tl.program_id(0)
@@ -67,7 +67,8 @@ def attend_kernel(
     to = out + ((place + g) * SIZE)[:, None] + d[None, :]
     if (length < 0) | (last < 0):
         # A row that pads the batch.
-        tl.store(to, tl.zeros([QUERIES, SIZE], out.dtype.element_ty), mask=mine)
+        if FILL:
+            tl.store(to, tl.zeros([QUERIES, SIZE], out.dtype.element_ty), mask=mine)
         return
     keys += head * key_head
     values += head * value_head
@@ -162,7 +163,7 @@ def can_attend(query: Tensor, key: Tensor, keys: Tensor, values: Tensor) -> bool
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, table: Tensor,
-    tickets: Tensor, scale: float,
+    tickets: Tensor, scale: float, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Appends a token to each row's cache, and attends to all of it: softmax(scale · q Kᵀ) V.
 
@@ -177,18 +178,19 @@ def attend(
             where a row has none.
         tickets: (n · key-value heads,) int32, zeros, and zeros again afterwards.
         scale: multiplies the products of queries and keys.
+        out: as `query`; written in place, but for rows that pad.
 
     Returns:
-        (n, heads, head size), contiguous; zeros for rows that pad.
+        (n, heads, head size), contiguous: `out`, or if it is None a new tensor, with zeros for rows that pad.
     """
     tile = tiles(query.device).for_paged(query.shape[0] * key.shape[1])
     assert tile is not None, "asked of `can_attend`"
-    return attend_by(tile, query, key, value, keys, values, lengths, table, tickets, scale)
+    return attend_by(tile, query, key, value, keys, values, lengths, table, tickets, scale, out)
 
 
 def attend_by(
     tile: Paged, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
-    table: Tensor, tickets: Tensor, scale: float, *, least: int = _LEAST,
+    table: Tensor, tickets: Tensor, scale: float, out: Tensor | None = None, *, least: int = _LEAST,
 ) -> Tensor:  # fmt: skip
     """`attend` by the given tile, in parts of `least` tokens at least."""
     rows, queries, size = query.shape
@@ -198,7 +200,9 @@ def attend_by(
     assert queries == heads * group and group <= _QUERIES and page % tile.block == least % tile.block == 0
     assert query.numel() * _PARTS < 2**31, "the kernel counts elements in 32 bits"
     count = parts_of(rows * heads)
-    out = torch.empty_like(query)
+    fills = out is None
+    out = torch.empty_like(query) if out is None else out
+    assert out.is_contiguous() and out.shape == query.shape and out.dtype == query.dtype
     parts = query.new_empty((rows, queries, count, size), dtype=torch.float32)
     sums = parts.new_empty((rows, queries, count, 2))
     launch(
@@ -207,7 +211,7 @@ def attend_by(
         scale, table.stride(0), *keys.stride()[:3], *values.stride()[:3],
         HEADS=heads, GROUP=group, SIZE=size, PAGE=page, PARTS=count, LEAST=least,
         QUERIES=_QUERIES, BLOCK=tile.block, STAGES=tile.stages,
-        EXACT=takes_as_is(query.dtype),
+        EXACT=takes_as_is(query.dtype), FILL=fills,
         device=query.device, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -1,0 +1,283 @@
+"""Batches in which prompts begin beside rows that are decoded: the cache is read where it is."""
+
+from types import SimpleNamespace
+
+import flash
+import pytest
+import torch
+from served import alone, at_rest, config, family, model_of, requests, served
+from transformers.generation.continuous_batching import initialization
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+
+from lorakit import Engine
+from lorakit.engine import attention
+from lorakit.engine.attention import MixedRows, cached_rows, mixed_attention
+from lorakit.engine.batching import Runner
+from lorakit.engine.in_place import reads_in_place
+from lorakit.errors import EngineCrashedError
+
+BLOCK = 4
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What ran, in an engine that has FlashAttention on the CPU: names, and tokens that were copied from a cache."""
+    calls, update, mixed = [], FullAttentionCacheAllocator.update, attention._prompts_by_flash_attention
+
+    def copied(allocator, keys, values, layer, reads, writes):
+        if reads.numel():
+            calls.append("copied")
+        return update(allocator, keys, values, layer, reads, writes)
+
+    def prompts(query, key, value, attention_mask, *, softmax_scale, cu_seq_lens_q, cu_seq_lens_k, **_):
+        calls.append("prompts")
+        given = (one[0] for one in (query, key, value))
+        return flash.varlen(*given, cu_seq_lens_q, cu_seq_lens_k, 10**6, 10**6, softmax_scale, True)[None]
+
+    monkeypatch.setattr(FullAttentionCacheAllocator, "update", copied)
+    monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", prompts)
+    monkeypatch.setattr(attention, "lazy_import_flash_attention", lambda name: flash.functions())
+    monkeypatch.setattr(
+        attention, "_prompts_by_flash_attention", lambda *given: (calls.append("mixed"), mixed(*given))[1]
+    )
+    widths(monkeypatch, 32)
+    return calls
+
+
+def widths(monkeypatch, blocks):
+    """Rows have so many blocks at most for which there is room in the table."""
+
+    def resolve(config, cb_config, requested):
+        cb_config.max_blocks_per_request = blocks
+
+    monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", resolve)
+
+
+def give_kernel(monkeypatch, calls):
+    """PyTorch in the place of `lorakit_kernels.attend`, for attention alone."""
+
+    def attend(*args):
+        calls.append("ours")
+        return flash.append_and_attend(*args)
+
+    kernels = SimpleNamespace(has_kernels=lambda *_: True, can_attend=lambda *_: True, attend=attend)
+    monkeypatch.setattr(attention, "ops", kernels)
+
+
+def model_with_flash(name="flash_attention_3"):
+    model = model_of()
+    model.model.config._attn_implementation = name
+    return model
+
+
+def asked():
+    return requests(25, [None, *family()[1]], longest=30)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Of `asked`."""
+    model = model_of()
+    return [alone(model, one) for one in asked()]
+
+
+@pytest.mark.parametrize("pads", [False, True], ids=["as they are", "padded"])
+@pytest.mark.parametrize("with_kernel", [False, True], ids=["FlashAttention alone", "with lorakit's kernel"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_each_request_of_a_mix_gives_what_it_gives_alone(monkeypatch, calls, expected, name, with_kernel, pads):
+    if with_kernel:
+        give_kernel(monkeypatch, calls)
+    if pads:
+        monkeypatch.setattr(Runner, "pad_inputs", property(lambda self: True, lambda self, value: None), raising=False)
+    with Engine(model_with_flash(name), config()) as engine:
+        calls.clear()  # of warming up
+        assert served(engine, asked()) == expected
+        at_rest(engine)
+    assert {"mixed", "prompts"} <= set(calls) and "copied" not in calls
+    assert ("ours" in calls) == with_kernel
+
+
+def test_rows_longer_than_the_table_are_copied(monkeypatch, calls, expected):
+    widths(monkeypatch, 9)
+    with Engine(model_with_flash(), config()) as engine:
+        calls.clear()
+        assert served(engine, asked()) == expected
+    assert {"mixed", "copied"} <= set(calls)
+
+
+def test_of_a_graph_there_is_one_for_each_size(monkeypatch, calls):
+    """Not for what rows have in the cache, too: the key of a graph is the tokens of its batch."""
+    keys = set()
+    choose = Runner._choose_graphs
+
+    def chosen(runner, standing):
+        choose(runner, standing)
+        if runner._table is not None:
+            keys.add(runner.inputs_and_outputs._get_graph_key())
+
+    monkeypatch.setattr(Runner, "_choose_graphs", chosen)
+    with Engine(model_with_flash(), config()) as engine:
+        served(engine, asked())
+    assert len(keys) > 3 and {key[1:] for key in keys} == {(0, 1)}
+
+
+def test_a_layer_whose_attention_is_another_is_no_silent_error(monkeypatch, calls):
+    model = model_with_flash()
+    layer = model.model.model.layers[1].self_attn
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: forward(*args, **kwargs, softcap=30.0))
+    prompts = [one for one in asked() if one.tokens > 3]
+    with Engine(model, config(restarts=0)) as engine:
+        with pytest.raises(EngineCrashedError) as raised:
+            served(engine, prompts)
+        assert "layer 1 (LlamaAttention) calls attention with arguments" in str(raised.value.__cause__)
+
+
+def rows_of(counts, befores, *, tokens, rows):
+    """`MixedRows` of rows with so many new tokens, and so many before, in a batch padded to so many."""
+    begins = torch.tensor([0, *counts]).cumsum(0)
+    ends = torch.tensor([0, *(map(sum, zip(counts, befores, strict=True)))]).cumsum(0)
+    pad = rows - len(counts)
+    begins, ends = (torch.cat([one, one[-1:].expand(pad)]).int() for one in (begins, ends))
+    blocks = iter(range(100))
+    width = 5
+    table = torch.full((1, rows, width), -1, dtype=torch.int32)
+    places = []
+    for row, (count, before) in enumerate(zip(counts, befores, strict=True)):
+        needed = -(-(count + before) // BLOCK)
+        table[0, row, :needed] = torch.tensor([next(blocks) for _ in range(needed)])
+        places += [int(table[0, row, at // BLOCK]) * BLOCK + at % BLOCK for at in range(before, before + count)]
+    trash = 30 * BLOCK
+    allocator = SimpleNamespace(index=0, layer_type="full_attention", num_key_value_heads=2)
+    batch = {
+        "cache": SimpleNamespace(cache_allocators={"full_attention": allocator}),
+        "block_table": None,
+        "cu_seq_lens_q": begins,
+        "cu_seq_lens_k": {"full_attention": ends},
+        "write_index": [torch.tensor(places + [trash] * (tokens - len(places)))],
+    }
+    assert cached_rows(batch) is None
+    return cached_rows(batch, table)["full_attention"]
+
+
+def test_rows_are_as_the_batch_has_them():
+    rows = rows_of([1, 1, 3, 1], [4, 0, 2, 7], tokens=8, rows=6)
+    assert isinstance(rows, MixedRows)
+    assert rows.begins.tolist() == [0, 1, 2, 5, 6, 6, 6] and rows.prompts.tolist() == [2, 2, 2, 5, 6, 6, 6]
+    assert rows.lengths.tolist() == [5, 1, 5, 8, 0, 0] and rows.ends.tolist() == [0, 5, 6, 11, 19, 19, 19]
+    assert rows.singles.tolist() == [4, 0, -1, -1, -1, -1]
+    assert {one.dtype for one in rows[1:]} == {torch.int32} and not rows.tickets.any() and len(rows.tickets) == 12
+    none = rows_of([3, 1], [2, 7], tokens=4, rows=2)
+    assert none.prompts.equal(none.begins) and none.singles.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("with_kernel", [False, True])
+def test_tokens_attend_to_those_before_them(with_flash, monkeypatch, name, with_kernel):
+    if with_kernel:
+        give_kernel(monkeypatch, [])
+    counts, befores = [1, 1, 3, 1, 6], [4, 0, 2, 7, 0]
+    rows = rows_of(counts, befores, tokens=16, rows=8)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(16, heads, 8, generator=generator) for heads in (4, 2, 2))
+    keys, values = (torch.randn(31, BLOCK, 2, 8, generator=generator) for _ in range(2))
+    before = keys.clone(), values.clone()
+    found = mixed_attention(query, key, value, keys, values, *rows, 0.3, name)
+    begin = 0
+    for row, (count, length) in enumerate(zip(counts, befores, strict=True)):
+        new = slice(begin, begin + count)
+        whole = [
+            torch.cat([flash.of_blocks(cache, rows.table[row], length), more[new]])
+            for cache, more in zip(before, (key, value), strict=True)
+        ]
+        assert torch.allclose(found[new], flash.attended(query[new], *whole, 0.3), atol=1e-6)
+        assert flash.of_blocks(keys, rows.table[row], length + count).equal(whole[0])
+        begin += count
+    changed = (keys != before[0]).flatten(2).any(-1).sum()
+    assert changed == sum(counts) + 1, "a place of each token, and one for those that pad"
+
+
+def cache_of(**changes):
+    allocator = SimpleNamespace(layer_type="full_attention", num_key_value_heads=2, head_dim=8, tokens_per_page=BLOCK)
+    return SimpleNamespace(
+        **{
+            "dtype": torch.bfloat16,
+            "device": torch.device("cpu"),
+            "max_decode_fast_path_length": 8192,
+            "cache_allocators": {"full_attention": allocator},
+        }
+        | changes
+    )
+
+
+def base(**changes):
+    """A base's config."""
+    found = {"_attn_implementation": "flash_attention_3", "model_type": "llama"}
+    return SimpleNamespace(**found | {"num_attention_heads": 4, "num_key_value_heads": 2} | changes)
+
+
+@pytest.fixture
+def with_flash(monkeypatch):
+    """Takes what FlashAttention's functions are."""
+
+    def put(**changes):
+        monkeypatch.setattr(attention, "lazy_import_flash_attention", lambda name: flash.functions(**changes))
+
+    put()
+    return put
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_cache_can_be_read_where_it_is(with_flash, monkeypatch, name, dtype):
+    assert reads_in_place(base(_attn_implementation=name), cache_of(dtype=dtype))
+    give_kernel(monkeypatch, [])
+    assert reads_in_place(base(_attn_implementation=name), cache_of(dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_decode_fast_path_length": 0},
+        {"dtype": torch.float32},
+        {"cache_allocators": {"sliding_attention": SimpleNamespace(layer_type="sliding_attention")}},
+    ],
+    ids=str,
+)
+def test_which_caches_cannot(with_flash, change):
+    assert not reads_in_place(base(), cache_of(**change))
+
+
+@pytest.mark.parametrize(
+    "change", [{"_attn_implementation": "sdpa"}, {"attn_logit_softcapping": 50.0}, {"model_type": "gpt_oss"}], ids=str
+)
+def test_which_bases_have_other_attention(with_flash, change):
+    assert not reads_in_place(base(**change), cache_of())
+
+
+def older(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, page_table=None, softmax_scale=None, causal=False):
+    """Without `cu_seqlens_q`."""
+
+
+def test_an_older_flash_attention_cannot(with_flash, caplog):
+    with_flash(with_kvcache=older)
+    assert not reads_in_place(base(), cache_of())
+    assert not caplog.records
+    with_flash(varlen=older)
+    assert not reads_in_place(base(_attn_implementation="flash_attention_2"), cache_of())
+
+
+def test_what_errs_is_not_used(with_flash, monkeypatch, caplog):
+    asked = []
+
+    def off_by_one(q, k_cache, v_cache, cache_seqlens=None, page_table=None, cu_seqlens_q=None, max_seqlen_q=None,
+                   softmax_scale=None, causal=False):  # fmt: skip
+        asked.append(len(q))
+        return flash.with_kvcache(
+            q, k_cache, v_cache, None, None, cache_seqlens - 1, page_table, cu_seqlens_q, max_seqlen_q, softmax_scale,
+            causal,
+        )  # fmt: skip
+
+    with_flash(with_kvcache=off_by_one)
+    assert not reads_in_place(base(), cache_of())
+    assert asked and "FlashAttention errs by" in caplog.text
