@@ -1,11 +1,13 @@
 """The engine's promises on a GPU: the same answers with graphs and without, loads beside the computation."""
 
 import copy
+import inspect
 
 import pytest
 import served as small
 import torch
 from served import alone, family, requests, served
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from lorakit import Engine, MultiLoraModel
@@ -60,6 +62,7 @@ def test_with_flash_attention_tokens_are_as_likely_as_the_model_says(settings, c
             for place, one in enumerate(asked)
         ]
         found = [handle.result(120) for handle in handles]
+        assert engine._batching.batch_processor.cache.in_place == _reads_tables(model.model.config._attn_implementation)
     assert "Failed to warm up" not in caplog.text
     for completion in found[1::2]:  # greedy: what is drawn is the most likely
         places = zip(completion.token_ids, completion.logprobs, completion.top_logprobs, strict=True)
@@ -74,6 +77,14 @@ def test_with_flash_attention_tokens_are_as_likely_as_the_model_says(settings, c
     errors, own, others = (torch.cat(each).abs() for each in (errors, own, others))
     assert errors.mean() <= 1.2 * own.mean() and errors.max() <= 2 * own.max()
     assert others.mean() > 4 * own.mean(), "with another adapter it would be no different"
+
+
+def _reads_tables(implementation):
+    """Whether what is installed takes the rows of prompts by a table of blocks."""
+    (_, varlen, cached, _, _), _ = lazy_import_flash_attention(implementation)
+    if implementation == "flash_attention_2":
+        return "block_table" in inspect.signature(varlen).parameters
+    return "cu_seqlens_q" in inspect.signature(cached).parameters
 
 
 @torch.no_grad()
