@@ -14,6 +14,7 @@ Part of `batching.py`, and bound to the same versions of transformers.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -99,6 +100,7 @@ def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(query)
 
 
+# As for `paged_attention`, the cache is written by this operator alone.
 @torch.library.custom_op("lorakit::mixed_attention", mutates_args=())
 def mixed_attention(
     query: torch.Tensor,
@@ -175,7 +177,11 @@ def _prompts_by_flash_attention(
         arguments = of_varlen(**named, max_seqlen_k=longest)
         out = varlen(query, keys, values, cu_seqlens_q=begins, cu_seqlens_k=ends, **arguments)
     else:
-        out = cached(query, keys, values, cu_seqlens_q=begins, **of_cached(**named, cache_seqlens=lengths))
+        arguments = of_cached(**named, cache_seqlens=lengths)
+        if "num_splits" in inspect.signature(cached).parameters:
+            # Prompts have tokens enough; left to itself it would cut rows as if they filled their table.
+            arguments["num_splits"] = 1
+        out = cached(query, keys, values, cu_seqlens_q=begins, **arguments)
     out = out[0] if isinstance(out, tuple) else out
     return cast(torch.Tensor, out.view(query.shape))
 
@@ -212,10 +218,11 @@ class MixedRows(NamedTuple):
     tickets: torch.Tensor
 
 
-Rows: TypeAlias = CachedRows | MixedRows
+RowsInCache: TypeAlias = dict[str, CachedRows] | dict[str, MixedRows]
+"""By kind of layer."""
 
 
-def cached_rows(batch: dict[str, Any], table: torch.Tensor | None = None) -> dict[str, Rows] | None:
+def cached_rows(batch: dict[str, Any], table: torch.Tensor | None = None) -> RowsInCache | None:
     """What the rows of a batch have in the cache, by kind of layer; None for prompts that have nothing there.
 
     Args:
@@ -269,18 +276,21 @@ def _with_operator(attention: Attention, implementation: str) -> Attention:
         key: torch.Tensor,
         value: torch.Tensor,
         *args: Any,
-        cached_rows: dict[str, Rows] | None = None,
+        cached_rows: RowsInCache | set[bool] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         plain = all(kwargs.get(name) is None for name in ("sliding_window", "softcap", "s_aux"))
         plain = plain and query.dtype != torch.float32 and query.shape[-1] == value.shape[-1]
+        if isinstance(cached_rows, set):  # which only wants to know
+            cached_rows.add(plain)
+            cached_rows = None
         layer = cast(int, module.layer_idx)
         if cached_rows is None or not plain:
             if any(isinstance(rows, MixedRows) for rows in (cached_rows or {}).values()):
                 # transformers would find nothing of what was there before.
                 raise EngineError(
-                    f"layer {layer} ({type(module).__name__}) calls attention with arguments that lorakit does not "
-                    "know: please report its architecture; meanwhile load the base with attn_implementation='sdpa'."
+                    f"layer {layer} ({type(module).__name__}) calls attention with other arguments than before: please "
+                    "report its architecture; meanwhile load the base with attn_implementation='sdpa'."
                 )
             return attention(module, query, key, value, *args, **kwargs)
         allocator = cast(Any, kwargs["cache"]).layer_to_allocator[layer]

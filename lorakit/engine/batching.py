@@ -72,7 +72,7 @@ from transformers.generation.continuous_batching.utils import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from lorakit.engine.attention import cached_rows
-from lorakit.engine.in_place import reads_in_place
+from lorakit.engine.in_place import may_read_in_place, operator_works
 
 Chooser: TypeAlias = Admission | Leader | Follower
 """What offers jobs: alone, or as one of several processes."""
@@ -145,7 +145,7 @@ class Cache(PagedAttentionCache):
 
     Attributes:
         owners: the jobs of its requests.
-        in_place: whether batches in which prompts begin read it where it is, see `reads_in_place`.
+        in_place: whether batches in which prompts begin read it where it is; before the runner has tried: may read it.
     """
 
     owners: dict[str, Job]
@@ -424,13 +424,15 @@ class Runner(ModelRunner):
         self._compiled_varlen = self._compiled_decode = None
         self._graphs: dict[tuple[Mode | None, int, tuple[bool, ...], bool], CudaGraphBuffer] = {}
         self._table: torch.Tensor | None = None
+        self._plain: set[bool] | None = None
+        self._warms_in_place = False
         self._likely: dict[int, _LikelyOf] = {}
         self._version: tuple[int, int, int] | None = None
 
     def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
         """The tokens that a batch has and copies from the cache, with padding; transformers pads also no copy."""
         tokens, reads = super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
-        return tokens, reads if max_kv_read else 0
+        return tokens, reads if max_kv_read and not self._warms_in_place else 0
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         """Runs a batch that was prepared."""
@@ -441,14 +443,14 @@ class Runner(ModelRunner):
         slots += [None] * (tokens - len(slots))  # padding
         kept = self._kept(batch_data["logits_indices"].shape[0]) if self.supports_logits_to_keep(model) else None
         with self._stream():
-            self._table = self._table_of(batch_data)
+            self._table = self._read_in_place(batch_data)
             self.model.pool.wait(self.chooser.fresh())
             standing = self._stand_in or self.model.standing(slots, **self._most())
             if standing is not None:
                 standing.set(slots, kept)
         # What is made for one batch cannot be replayed, and the first forward only sees who are siblings.
         made_once = standing is not None and all(routing.served for routing in standing.routings)
-        self._can_replay = made_once or (standing is None and not any(slots))
+        self._can_replay = (made_once or (standing is None and not any(slots))) and self._plain is None
         self._choose_graphs(standing)
         # Entered by each forward, not by a replay, which knows all that it needs.
         self._serving = (
@@ -460,10 +462,11 @@ class Runner(ModelRunner):
             with self._stream():
                 likely.fetch()
 
-    def _table_of(self, batch_data: dict[str, Any]) -> torch.Tensor | None:
-        """The blocks of a batch with prompts, on the device, if its rows have more in the cache than is new.
+    def _read_in_place(self, batch_data: dict[str, Any]) -> torch.Tensor | None:
+        """Has a batch with prompts read the cache where it is, if its rows have more there than is new.
 
-        None for other batches, and where transformers copies what the rows have there.
+        Returns:
+            The rows' blocks, on the device; None for other batches, and where transformers copies what the rows have.
         """
         io, futures = self._io("device_io"), self._futures()
         was_there = any(future.state.position_offset > future.query_length for future in futures)
@@ -492,6 +495,9 @@ class Runner(ModelRunner):
     @torch.no_grad()
     def warm_up(self, model: nn.Module) -> None:
         """Captures graphs for the adapters that the model serves now, beside those without any."""
+        if self.cache.in_place:
+            config = self.model.model.config.get_text_config()
+            self.cache.in_place = self._is_plain(model) and operator_works(config, self.cache)
         has_graphs = self.use_cuda_graph_varlen or self.use_cuda_graph_decode
         standings = self.model.standings(**self._most()) if has_graphs else []
         for standing in standings:
@@ -500,7 +506,33 @@ class Runner(ModelRunner):
         for other in (None, *standings):
             with self._warming(other):
                 self.warmup(model)
+                self._warm_up_in_place(model)
         self.steps = self.segments = 0
+
+    def _is_plain(self, model: nn.Module) -> bool:
+        """Whether all layers' attention is what the operators compute: none knows before it is called."""
+        self._plain = set()
+        try:
+            self.run_one_warmup(model, num_q_tokens=2, max_kv_read=0)
+            return self._plain == {True}
+        finally:
+            self._plain = None
+            self.cache.reset()
+
+    def _warm_up_in_place(self, model: nn.Module) -> None:
+        """The smallest batch with a prompt beside rows that have something in the cache, for each pair of tensors."""
+        if not (self.pad_inputs and self.cache.in_place):
+            return
+        io = self.inputs_and_outputs
+        self._warms_in_place = True
+        try:
+            for _ in range(2 if isinstance(io, ContinuousBatchingAsyncIOs) else 1):
+                self.run_one_warmup(model, num_q_tokens=2, max_kv_read=self.cb_config.page_size)
+                if isinstance(io, ContinuousBatchingAsyncIOs):
+                    io.swap_io_pairs()
+        finally:
+            self._warms_in_place = False
+            self.cache.reset()
 
     @contextmanager
     def _warming(self, standing: Standing | None) -> Iterator[None]:
@@ -561,10 +593,11 @@ class Runner(ModelRunner):
         output_ids: torch.Tensor,
     ) -> None:
         self.inputs_and_outputs.carry_over_tokens(batch_data["input_ids"], carry_over_ids, prev_output_ids)
-        cached, decodes = cached_rows(batch_data, self._table), batch_data["block_table"] is not None
+        decodes = batch_data["block_table"] is not None
+        cached = cached_rows(batch_data, self._table) if self._plain is None else self._plain
         inputs = batch_data if cached is None else {**batch_data, "cached_rows": cached}
         with self._serving():
-            logits = self._bases[decodes](model, inputs)
+            logits = (self._bases[decodes] if self._plain is None else _forward)(model, inputs)
         if "logits_to_keep" not in batch_data:
             logits = logits[:, batch_data["logits_indices"], :]
         logits = logits[0].float()
@@ -861,7 +894,7 @@ class Batching(ContinuousBatchingManager):
             model_supports_logits_to_keep=self.model._supports_logits_to_keep(),
         )
         cache.owners = {}
-        cache.in_place = reads_in_place(self.model.config.get_text_config(), cache)
+        cache.in_place = may_read_in_place(self.model.config.get_text_config(), cache)
         self._use_prefix_sharing = cache.use_prefix_sharing
         update_cb_config_after_cache_creation(
             cb_config=config, num_blocks=cache.num_blocks, max_batch_tokens=cache.max_batch_tokens

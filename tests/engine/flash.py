@@ -7,13 +7,14 @@ from transformers.modeling_flash_attention_utils import _lazy_define_process_fun
 
 
 def attended(queries, keys, values, scale):
-    """(n, heads, size) the last n of (length, key heads, size), each to those before it and itself."""
-    repeats = queries.shape[1] // keys.shape[1]
+    """(n, heads, size) the last n of (length, key heads, size), each to those up to itself; in fp32 or better."""
+    dtype, repeats = queries.dtype, queries.shape[1] // keys.shape[1]
+    queries, keys, values = (one.to(torch.promote_types(dtype, torch.float32)) for one in (queries, keys, values))
     keys, values = (one.repeat_interleave(repeats, 1).transpose(0, 1) for one in (keys, values))
     scores = queries.transpose(0, 1) @ keys.transpose(1, 2) * scale
     n, length = scores.shape[1:]
     later = torch.ones(n, length, dtype=torch.bool).tril(length - n).logical_not()
-    return (scores.masked_fill(later, float("-inf")).softmax(-1) @ values).transpose(0, 1)
+    return (scores.masked_fill(later, float("-inf")).softmax(-1) @ values).transpose(0, 1).to(dtype)
 
 
 def of_blocks(cache, blocks, length):

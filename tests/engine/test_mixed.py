@@ -13,7 +13,7 @@ from lorakit import Engine
 from lorakit.engine import attention
 from lorakit.engine.attention import MixedRows, cached_rows, mixed_attention
 from lorakit.engine.batching import Runner
-from lorakit.engine.in_place import reads_in_place
+from lorakit.engine.in_place import may_read_in_place, operator_works
 from lorakit.errors import EngineCrashedError
 
 BLOCK = 4
@@ -121,16 +121,29 @@ def test_of_a_graph_there_is_one_for_each_size(monkeypatch, calls):
     assert len(keys) > 3 and {key[1:] for key in keys} == {(0, 1)}
 
 
-def test_a_layer_whose_attention_is_another_is_no_silent_error(monkeypatch, calls):
-    model = model_with_flash()
+def with_softcap(monkeypatch, model):
     layer = model.model.model.layers[1].self_attn
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: forward(*args, **kwargs, softcap=30.0))
-    prompts = [one for one in asked() if one.tokens > 3]
+
+
+def test_for_a_base_with_other_attention_rows_are_copied(monkeypatch, calls):
+    """Which none knows before its layers are called. What stands for FlashAttention here would give other tokens."""
+    model = model_with_flash()
+    with_softcap(monkeypatch, model)
+    with Engine(model, config()) as engine:
+        calls.clear()
+        served(engine, asked())
+    assert "copied" in calls and "mixed" not in calls
+
+
+def test_a_layer_whose_attention_becomes_another_is_no_silent_error(monkeypatch, calls):
+    model = model_with_flash()
     with Engine(model, config(restarts=0)) as engine:
+        with_softcap(monkeypatch, model)
         with pytest.raises(EngineCrashedError) as raised:
-            served(engine, prompts)
-        assert "layer 1 (LlamaAttention) calls attention with arguments" in str(raised.value.__cause__)
+            served(engine, asked())
+        assert "layer 1 (LlamaAttention) calls attention with other arguments" in str(raised.value.__cause__)
 
 
 def rows_of(counts, befores, *, tokens, rows):
@@ -197,23 +210,36 @@ def test_tokens_attend_to_those_before_them(with_flash, monkeypatch, name, with_
     assert changed == sum(counts) + 1, "a place of each token, and one for those that pad"
 
 
-def cache_of(**changes):
-    allocator = SimpleNamespace(layer_type="full_attention", num_key_value_heads=2, head_dim=8, tokens_per_page=BLOCK)
-    return SimpleNamespace(
-        **{
-            "dtype": torch.bfloat16,
-            "device": torch.device("cpu"),
-            "max_decode_fast_path_length": 8192,
-            "cache_allocators": {"full_attention": allocator},
-        }
-        | changes
-    )
+def cache_of(heads=2, size=8, page=BLOCK, **changes):
+    kind = "full_attention"
+    allocator = SimpleNamespace(layer_type=kind, num_key_value_heads=heads, head_dim=size, tokens_per_page=page)
+    found = {
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "max_blocks_per_request": 32,
+        "max_decode_fast_path_length": 32 * page,
+        "cache_allocators": {kind: allocator},
+    }
+    return SimpleNamespace(**found | changes)
 
 
-def base(**changes):
-    """A base's config."""
-    found = {"_attn_implementation": "flash_attention_3", "model_type": "llama"}
-    return SimpleNamespace(**found | {"num_attention_heads": 4, "num_key_value_heads": 2} | changes)
+def base(name="flash_attention_3", **heads):
+    return SimpleNamespace(_attn_implementation=name, **heads or {"num_attention_heads": 4, "num_key_value_heads": 2})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_decode_fast_path_length": 0},
+        {"dtype": torch.float32},
+        {"cache_allocators": {"sliding_attention": SimpleNamespace(layer_type="sliding_attention")}},
+    ],
+    ids=str,
+)
+def test_which_caches_cannot_be_read(change):
+    assert may_read_in_place(base(), cache_of())
+    assert not may_read_in_place(base(), cache_of(**change))
+    assert not may_read_in_place(base("sdpa"), cache_of())
 
 
 @pytest.fixture
@@ -227,57 +253,78 @@ def with_flash(monkeypatch):
     return put
 
 
+# GPT-2's config, among others, has no number for the heads of keys.
+SHAPES = [({}, {}), ({"num_attention_heads": 4}, {"heads": 4}), ({}, {"size": 64, "page": 256})]
+
+
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_a_cache_can_be_read_where_it_is(with_flash, monkeypatch, name, dtype):
-    assert reads_in_place(base(_attn_implementation=name), cache_of(dtype=dtype))
+@pytest.mark.parametrize(("heads", "shape"), SHAPES, ids=str)
+def test_what_is_right_is_used(with_flash, monkeypatch, caplog, name, dtype, heads, shape):
+    assert operator_works(base(name, **heads), cache_of(dtype=dtype, **shape))
     give_kernel(monkeypatch, [])
-    assert reads_in_place(base(_attn_implementation=name), cache_of(dtype=dtype))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"max_decode_fast_path_length": 0},
-        {"dtype": torch.float32},
-        {"cache_allocators": {"sliding_attention": SimpleNamespace(layer_type="sliding_attention")}},
-    ],
-    ids=str,
-)
-def test_which_caches_cannot(with_flash, change):
-    assert not reads_in_place(base(), cache_of(**change))
-
-
-@pytest.mark.parametrize(
-    "change", [{"_attn_implementation": "sdpa"}, {"attn_logit_softcapping": 50.0}, {"model_type": "gpt_oss"}], ids=str
-)
-def test_which_bases_have_other_attention(with_flash, change):
-    assert not reads_in_place(base(**change), cache_of())
+    assert operator_works(base(name, **heads), cache_of(dtype=dtype, **shape))
+    assert not caplog.records
 
 
 def older(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, page_table=None, softmax_scale=None, causal=False):
     """Without `cu_seqlens_q`."""
 
 
-def test_an_older_flash_attention_cannot(with_flash, caplog):
+def test_what_raises_is_not_used(with_flash, caplog):
     with_flash(with_kvcache=older)
-    assert not reads_in_place(base(), cache_of())
-    assert not caplog.records
+    assert not operator_works(base(), cache_of())
+    assert "was tried, and raised TypeError" in caplog.text
     with_flash(varlen=older)
-    assert not reads_in_place(base(_attn_implementation="flash_attention_2"), cache_of())
+    assert not operator_works(base("flash_attention_2"), cache_of())
 
 
-def test_what_errs_is_not_used(with_flash, monkeypatch, caplog):
-    asked = []
+def wrong(how):
+    """FlashAttention with an error in it."""
 
-    def off_by_one(q, k_cache, v_cache, cache_seqlens=None, page_table=None, cu_seqlens_q=None, max_seqlen_q=None,
-                   softmax_scale=None, causal=False):  # fmt: skip
-        asked.append(len(q))
+    def with_kvcache(q, k_cache, v_cache, cache_seqlens=None, page_table=None, cu_seqlens_q=None, max_seqlen_q=None,
+                     softmax_scale=None, causal=False, num_splits=0):  # fmt: skip
+        assert num_splits == 1
+        if how == "a token short":
+            cache_seqlens = cache_seqlens - 1
+        if how == "the first block alone":
+            page_table = page_table[:, :1].expand_as(page_table)
+        if how == "another scale":
+            softmax_scale *= 0.9
+        if how == "aligned at the top":  # each token sees as many as the first ones do
+            cu = cu_seqlens_q.diff()
+            cache_seqlens = torch.where(cu > 1, cu, cache_seqlens)
         return flash.with_kvcache(
-            q, k_cache, v_cache, None, None, cache_seqlens - 1, page_table, cu_seqlens_q, max_seqlen_q, softmax_scale,
+            q,
+            k_cache,
+            v_cache,
+            None,
+            None,
+            cache_seqlens,
+            page_table,
+            cu_seqlens_q,
+            max_seqlen_q,
+            softmax_scale,
             causal,
-        )  # fmt: skip
+        )
 
-    with_flash(with_kvcache=off_by_one)
-    assert not reads_in_place(base(), cache_of())
-    assert asked and "FlashAttention errs by" in caplog.text
+    return with_kvcache
+
+
+@pytest.mark.parametrize("how", ["a token short", "the first block alone", "another scale", "aligned at the top"])
+@pytest.mark.parametrize("shape", [{}, {"heads": 4}, {"size": 64, "page": 256}, {"size": 128, "page": 256}], ids=str)
+@pytest.mark.parametrize("with_kernel", [False, True])
+def test_what_errs_is_not_used(with_flash, monkeypatch, caplog, how, shape, with_kernel):
+    if with_kernel:
+        give_kernel(monkeypatch, [])
+    with_flash(with_kvcache=wrong(how))
+    assert not operator_works(base(num_attention_heads=4), cache_of(**{"heads": 4} | shape))
+    assert "was tried, and erred by" in caplog.text
+    with_flash(with_kvcache=wrong("not at all"))
+    assert operator_works(base(num_attention_heads=4), cache_of(**{"heads": 4} | shape))
+
+
+def test_later_tokens_are_not_seen(with_flash, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "tril", lambda one, *_: one)
+    assert not operator_works(base(), cache_of())
+    assert not operator_works(base(num_attention_heads=4), cache_of(heads=4, size=64, page=256))
