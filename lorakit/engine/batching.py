@@ -497,7 +497,10 @@ class Runner(ModelRunner):
         """Captures graphs for the adapters that the model serves now, beside those without any."""
         if self.cache.in_place:
             config = self.model.model.config.get_text_config()
-            self.cache.in_place = self._is_plain(model) and operator_works(config, self.cache)
+            group = config.num_attention_heads // find_num_key_value_heads(config)
+            self.cache.in_place = self._is_plain(model) and operator_works(
+                self.cache, group, config._attn_implementation
+            )
         has_graphs = self.use_cuda_graph_varlen or self.use_cuda_graph_decode
         standings = self.model.standings(**self._most()) if has_graphs else []
         for standing in standings:

@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from transformers.generation.continuous_batching.utils import find_num_key_value_heads
 
 from lorakit.engine.attention import IMPLEMENTATIONS, mixed_attention, mixed_rows
 
@@ -43,10 +42,16 @@ def may_read_in_place(config: Any, cache: Any) -> bool:
     )
 
 
-def operator_works(config: Any, cache: Any) -> bool:
-    """Whether `mixed_attention` gives what attention is, for the base's heads and the cache's blocks."""
+def operator_works(cache: Any, group: int, implementation: str) -> bool:
+    """Whether `mixed_attention` gives what attention is, for the base's heads and the cache's blocks.
+
+    Args:
+        cache: transformers' paged cache.
+        group: how many heads of queries share one of keys and values.
+        implementation: see `mixed_attention`.
+    """
     try:
-        error = _error(config, cache)
+        error = _error(cache, group, implementation)
     except Exception as reason:  # noqa: BLE001 - whatever an unknown build raises, copies do without it
         _log.warning("For prompts, rows are copied from the cache: reading them there was tried, and raised %r", reason)
         return False
@@ -58,11 +63,10 @@ def operator_works(config: Any, cache: Any) -> bool:
     return True
 
 
-def _error(config: Any, cache: Any) -> float:
+def _error(cache: Any, group: int, implementation: str) -> float:
     """The largest error of the operator, of a batch of all kinds of rows."""
     (allocator,) = cache.cache_allocators.values()
     heads, size, page = allocator.num_key_value_heads, allocator.head_dim, allocator.tokens_per_page
-    queries = config.num_attention_heads // find_num_key_value_heads(config) * heads
     # Rows that are decoded, rows of prompts with and without tokens before, and tokens that pad the batch.
     counts, befores, pad = [1, 1, 3, 40], [page + 9, 0, 2, max(0, page - 7)], 4
     totals = [count + before for count, before in zip(counts, befores, strict=True)]
@@ -83,7 +87,7 @@ def _error(config: Any, cache: Any) -> float:
     def sums(numbers: list[int]) -> torch.Tensor:
         return torch.tensor([0, *accumulate(numbers)], dtype=torch.int32, device=cache.device)
 
-    query, (key, value) = random(len(places) + pad, queries, size), random(2, len(places) + pad, heads, size)
+    query, (key, value) = random(len(places) + pad, group * heads, size), random(2, len(places) + pad, heads, size)
     keys, values = random(2, blocks + 1, page, heads, size)
     rows = mixed_rows(
         torch.tensor([*places, *[blocks * page] * pad], device=cache.device),
@@ -93,7 +97,7 @@ def _error(config: Any, cache: Any) -> float:
         heads,
     )
     scale = _SHARPNESS * size**-0.5
-    found = mixed_attention(query, key, value, keys, values, *rows, scale, config._attn_implementation)
+    found = mixed_attention(query, key, value, keys, values, *rows, scale, implementation)
     expected = _expected(query, keys, values, scale, counts, totals, table)
     errors = (found[: len(places)] - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))
     return float(errors.max())

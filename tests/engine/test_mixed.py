@@ -223,8 +223,9 @@ def cache_of(heads=2, size=8, page=BLOCK, **changes):
     return SimpleNamespace(**found | changes)
 
 
-def base(name="flash_attention_3", **heads):
-    return SimpleNamespace(_attn_implementation=name, **heads or {"num_attention_heads": 4, "num_key_value_heads": 2})
+def base(name="flash_attention_3"):
+    """Its config."""
+    return SimpleNamespace(_attn_implementation=name)
 
 
 @pytest.mark.parametrize(
@@ -253,17 +254,16 @@ def with_flash(monkeypatch):
     return put
 
 
-# GPT-2's config, among others, has no number for the heads of keys.
-SHAPES = [({}, {}), ({"num_attention_heads": 4}, {"heads": 4}), ({}, {"size": 64, "page": 256})]
+SHAPES = [(2, {}), (1, {"heads": 4}), (2, {"size": 64, "page": 256})]
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(("heads", "shape"), SHAPES, ids=str)
-def test_what_is_right_is_used(with_flash, monkeypatch, caplog, name, dtype, heads, shape):
-    assert operator_works(base(name, **heads), cache_of(dtype=dtype, **shape))
+@pytest.mark.parametrize(("group", "shape"), SHAPES, ids=str)
+def test_what_is_right_is_used(with_flash, monkeypatch, caplog, name, dtype, group, shape):
+    assert operator_works(cache_of(dtype=dtype, **shape), group, name)
     give_kernel(monkeypatch, [])
-    assert operator_works(base(name, **heads), cache_of(dtype=dtype, **shape))
+    assert operator_works(cache_of(dtype=dtype, **shape), group, name)
     assert not caplog.records
 
 
@@ -273,10 +273,10 @@ def older(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, page_table=No
 
 def test_what_raises_is_not_used(with_flash, caplog):
     with_flash(with_kvcache=older)
-    assert not operator_works(base(), cache_of())
+    assert not operator_works(cache_of(), 2, "flash_attention_3")
     assert "was tried, and raised TypeError" in caplog.text
     with_flash(varlen=older)
-    assert not operator_works(base("flash_attention_2"), cache_of())
+    assert not operator_works(cache_of(), 2, "flash_attention_2")
 
 
 def wrong(how):
@@ -318,13 +318,13 @@ def test_what_errs_is_not_used(with_flash, monkeypatch, caplog, how, shape, with
     if with_kernel:
         give_kernel(monkeypatch, [])
     with_flash(with_kvcache=wrong(how))
-    assert not operator_works(base(num_attention_heads=4), cache_of(**{"heads": 4} | shape))
+    assert not operator_works(cache_of(**{"heads": 4} | shape), 1, "flash_attention_3")
     assert "was tried, and erred by" in caplog.text
     with_flash(with_kvcache=wrong("not at all"))
-    assert operator_works(base(num_attention_heads=4), cache_of(**{"heads": 4} | shape))
+    assert operator_works(cache_of(**{"heads": 4} | shape), 1, "flash_attention_3")
 
 
 def test_later_tokens_are_not_seen(with_flash, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tril", lambda one, *_: one)
-    assert not operator_works(base(), cache_of())
-    assert not operator_works(base(num_attention_heads=4), cache_of(heads=4, size=64, page=256))
+    assert not operator_works(cache_of(), 2, "flash_attention_3")
+    assert not operator_works(cache_of(heads=4, size=64, page=256), 1, "flash_attention_3")

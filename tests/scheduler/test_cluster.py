@@ -31,7 +31,7 @@ from lorakit.scheduler.cluster import Cluster
 from lorakit.scheduler.config import ClusterConfig
 from lorakit.scheduler.policy import Policy
 
-QUICK = Policy(linger=0.2, look_every=0.1, consolidate_every=None, ask_at=1, least=1, most=3, spare=0)
+QUICK = Policy(linger=0.2, look_every=0.1, consolidate_every=None, ask_at=1, backlog=1, least=1, most=3, spare=0)
 
 
 @pytest.fixture(scope="module")
