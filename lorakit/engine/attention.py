@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -141,8 +142,8 @@ def mixed_attention(
     Returns:
         (n, heads, head size), contiguous; anything for tokens that pad the batch.
     """
-    for cache, new in ((keys, key), (values, value)):
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, places, new)
+    for kept, new in ((keys, key), (values, value)):
+        kept.view(-1, *kept.shape[2:]).index_copy_(0, places, new)
     if not (ops.has_kernels(query.device, query.dtype) and ops.can_attend(query, key, keys, values)):
         return _prompts_by_flash_attention(query, keys, values, begins, lengths, ends, table, scale, implementation)
     out = _prompts_by_flash_attention(query, keys, values, prompts, lengths, ends, table, scale, implementation)
@@ -178,12 +179,18 @@ def _prompts_by_flash_attention(
         out = varlen(query, keys, values, cu_seqlens_q=begins, cu_seqlens_k=ends, **arguments)
     else:
         arguments = of_cached(**named, cache_seqlens=lengths)
-        if "num_splits" in inspect.signature(cached).parameters:
+        if _takes_splits(cached):
             # Prompts have tokens enough; left to itself it would cut rows as if they filled their table.
             arguments["num_splits"] = 1
         out = cached(query, keys, values, cu_seqlens_q=begins, **arguments)
     out = out[0] if isinstance(out, tuple) else out
     return cast(torch.Tensor, out.view(query.shape))
+
+
+@cache
+def _takes_splits(function: Callable[..., Any]) -> bool:
+    """Whether a function of FlashAttention is told into how many parts rows are cut; asked once, not in each layer."""
+    return "num_splits" in inspect.signature(function).parameters
 
 
 @mixed_attention.register_fake

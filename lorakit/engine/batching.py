@@ -199,7 +199,7 @@ class _Owning(FIFOScheduler):
     ) -> tuple[list[FutureRequestState] | None, bool, int, int]:
         """Chooses the requests of the next batch, and has nothing of the cache copied for it, if that can be."""
         futures, decodes, tokens, reads = super().schedule_batch(token_budget, cache_budget)
-        if futures and self.cache.in_place:
+        if futures and not decodes and self.cache.in_place:
             longest = max(future.state.position_offset + future.query_length for future in futures)
             reads = reads if longest > self.cache.max_decode_fast_path_length else 0
         return futures, decodes, tokens, reads
@@ -469,8 +469,9 @@ class Runner(ModelRunner):
             The rows' blocks, on the device; None for other batches, and where transformers copies what the rows have.
         """
         io, futures = self._io("device_io"), self._futures()
-        was_there = any(future.state.position_offset > future.query_length for future in futures)
-        if not (self.cache.in_place and was_there) or io.use_block_table or io.max_kv_read:
+        if not self.cache.in_place or io.use_block_table or io.max_kv_read:
+            return None
+        if all(future.state.position_offset == future.query_length for future in futures):
             return None
         # Nobody asks for it, and one graph is enough for each size of a batch, whatever its rows have in the cache.
         batch_data["max_length_k"] = io.max_length_k = dict.fromkeys(io.max_length_k, 1)
