@@ -544,7 +544,6 @@ def test_a_server_that_was_away_while_another_took_over_stops_and_touches_nothin
     wait_until(lambda: second.stats().replicas == 2)
     handles = submitted(second, asked)
     there = list(links.serving)
-    told = list(links.counts)
 
     def scale():  # all that it would have done by what it knows
         dispatcher = first._dispatcher
@@ -566,7 +565,7 @@ def test_a_server_that_was_away_while_another_took_over_stops_and_touches_nothin
         first.submit([11, 12, 13])
     first.close()
     assert [handle.result(60).token_ids for handle in handles] == expected
-    assert links.serving == there and links.counts == told and not links.ended
+    assert links.serving == there and set(links.counts) == {2} and not links.ended
     assert not any(handle.parts[0].deaths + handle.parts[0].moves for handle in handles)
     at_rest(second, links)
 
