@@ -105,6 +105,26 @@ def served(engine: Engine, asked: list[Asked], **settings: Any) -> list[tuple[in
     return [handle.result(60).token_ids for handle in handles]
 
 
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.7, "top_p": 0.8, "seed": 1},
+    {"logprobs": True},
+    {"logprobs": True, "top_logprobs": 2},
+]
+"""In which tokens are drawn."""
+
+
+def drawn(engine: Engine) -> list[tuple[Any, ...]]:
+    """Tokens, and the most likely ones, that an engine gives of the base, drawn in all ways."""
+    handles = [
+        engine.submit(one.prompt, max_new_tokens=one.tokens, **WAYS[place % len(WAYS)])
+        for place, one in enumerate(requests(25, [None]))
+    ]
+    found = [handle.result(60) for handle in handles]
+    return [(one.token_ids, [[top.id for top in place] for place in one.top_logprobs or ()]) for one in found]
+
+
 def at_rest(engine: Engine) -> None:
     """Nothing is held any more, by nobody."""
     end = time.monotonic() + 5

@@ -25,7 +25,7 @@ from lorakit_kernels.tuning import Paged
 PAGE, SIZE = 256, 128
 BANDWIDTH = 3.0e6  # Bytes a microsecond.
 LAYERS, FEW_REPEATS = 32, 11
-ENGINES_TABLE = 32  # Blocks that a row of the engine may have without leaving its fast path.
+ENGINES_TABLE = 32  # Blocks for which an engine's table has room, if its base has 8,192 positions.
 
 Attend = Callable[[int], Tensor]
 
@@ -65,6 +65,11 @@ MANY = (
     Case("64 rows of 600", (600,) * 64, 32, 32),
     Case("128 rows of 400, 4 queries a key", (400,) * 128, 32, 8),
 )
+LONG = (
+    Case("1 row of 32,000, 4 queries a key", (32000,), 32, 8),
+    Case("8 rows of 32,000, 4 queries a key", (32000,) * 8, 32, 8),
+)
+"""For which tiles are not chosen."""
 
 
 class Batch:
@@ -148,7 +153,7 @@ def run(folder: Path) -> None:
 
 def _measured() -> Iterator[tuple[str, dict[str, Any]]]:
     with_flash = is_flash_attn_2_available() or is_flash_attn_3_available()
-    for case in (*FEW, *MANY):
+    for case in (*FEW, *MANY, *LONG):
         batch = Batch(case)
         us = {"lorakit": statistics_of(batch.times(batch.ours))}
         if with_flash:

@@ -33,12 +33,13 @@ from transformers.generation import ContinuousBatchingConfig
 
 from lorakit.engine import sampling
 from lorakit.engine.admission import Admission
+from lorakit.engine.graphs import Graphs, Group
 from lorakit.engine.handle import Likely
 from lorakit.engine.job import Job
 from lorakit.engine.orders import Follower, Leader, Orders
 from lorakit.errors import EngineError, MissingDependencyError
 from lorakit.runtime.model import MultiLoraModel
-from lorakit.runtime.standing import Mode, Standing
+from lorakit.runtime.standing import Standing
 
 SUPPORTED = SpecifierSet(">=5.23,<5.24")
 """The versions of transformers whose internals these are."""
@@ -63,7 +64,6 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from transformers.generation.continuous_batching.utils import (
-    CudaGraphBuffer,
     drain_queue,
     find_head_dim,
     find_num_key_value_heads,
@@ -76,6 +76,15 @@ from lorakit.engine.in_place import may_read_in_place, operator_works
 
 Chooser: TypeAlias = Admission | Leader | Follower
 """What offers jobs: alone, or as one of several processes."""
+
+_MOST_BLOCKS = 1024
+"""Of a row, for all of which the batch's table of blocks has room, and goes to the device before each step."""
+
+_MOST_REPLAYED = 1024
+"""Tokens of a batch with prompts that is replayed: with more, the device takes longer than Python that launches."""
+
+_MOST_GRAPHS = 256
+"""More than the sizes that there are of batches, for both pairs of tensors, the base and adapters."""
 
 
 @dataclass(eq=False, repr=False)
@@ -320,11 +329,6 @@ class Rows:
     def __init__(self) -> None:
         self.is_sampled = self.is_cut = self.has_logprobs = self.has_likely = False
 
-    @property
-    def kind(self) -> tuple[bool, ...]:
-        """What the batch's forward does beside the base: forwards of another kind are other graphs."""
-        return self.is_sampled, self.is_cut, self.has_logprobs, self.has_likely
-
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """There are none."""
         assert not kwargs
@@ -372,12 +376,9 @@ class _LikelyOf:
         io.prepare_batch_update = tell
 
     def take(self, found: torch.Tensor) -> None:
-        """Takes them from `sampling.most_likely`; a CUDA graph keeps this."""
+        """Takes them from `sampling.most_likely`, and begins to copy them to the host."""
         self._count = found.shape[1]  # fewer in a vocabulary of few; the same in each batch
         self._device[:, : self._count, : found.shape[2]].copy_(found)
-
-    def fetch(self) -> None:
-        """Begins to copy them to the host, in the order of the current stream."""
         self._host.copy_(self._device, non_blocking=True)
         self._is_new = True
 
@@ -422,48 +423,76 @@ class Runner(ModelRunner):
             for config in (self.cb_config.varlen_compile_config, self.cb_config.decode_compile_config)
         ]
         self._compiled_varlen = self._compiled_decode = None
-        self._graphs: dict[tuple[Mode | None, int, tuple[bool, ...], bool], CudaGraphBuffer] = {}
+        self._graphs = Graphs(_MOST_GRAPHS)
+        for io in self._ios():
+            io.graphs = self._graphs
+        self._logits: torch.Tensor | None = None  # of the last forward, if it was no captured one
+        self._captured: torch.Tensor | None = None  # those of all captured ones: they run one after the other
         self._table: torch.Tensor | None = None
         self._plain: set[bool] | None = None
-        self._warms_in_place = False
+        self._size_to_warm: int | None = None
         self._likely: dict[int, _LikelyOf] = {}
         self._version: tuple[int, int, int] | None = None
 
     def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
-        """The tokens that a batch has and copies from the cache, with padding; transformers pads also no copy."""
+        """The tokens that a batch has and copies from the cache, with padding where it is replayed or compiled."""
+        if self._size_to_warm is not None:
+            return self._size_to_warm, 0
+        if not use_decode_fast_path and self.cb_config.varlen_compile_config is None and num_q_tokens > _MOST_REPLAYED:
+            return num_q_tokens, max_kv_read
         tokens, reads = super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
-        return tokens, reads if max_kv_read and not self._warms_in_place else 0
+        return tokens, reads if max_kv_read else 0  # transformers pads also no copy
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
-        """Runs a batch that was prepared."""
+        """Runs a batch that was prepared, and draws its tokens, which no graph keeps: rows are drawn in many ways."""
         tokens = batch_data["input_ids"].shape[1]
         slots = [slot for future in self._futures() for slot in _slots(future)]
         self.steps += 1
         self.segments += len(set(slots))
         slots += [None] * (tokens - len(slots))  # padding
         kept = self._kept(batch_data["logits_indices"].shape[0]) if self.supports_logits_to_keep(model) else None
+        is_short = self._io("device_io").use_block_table or tokens <= _MOST_REPLAYED
         with self._stream():
-            self._table = self._read_in_place(batch_data)
+            self._table = self._read_in_place(batch_data, is_short)
             self.model.pool.wait(self.chooser.fresh())
             standing = self._stand_in or self.model.standing(slots, **self._most())
             if standing is not None:
                 standing.set(slots, kept)
         # What is made for one batch cannot be replayed, and the first forward only sees who are siblings.
         made_once = standing is not None and all(routing.served for routing in standing.routings)
-        self._can_replay = (made_once or (standing is None and not any(slots))) and self._plain is None
+        self._can_replay = (made_once or (standing is None and not any(slots))) and is_short and self._plain is None
         self._choose_graphs(standing)
         # Entered by each forward, not by a replay, which knows all that it needs.
         self._serving = (
             partial(self.model.serving, slots, kept) if standing is None else partial(self.model.standing_by, standing)
         )
-        likely = self._likely_of_batch() if self.logit_processor.has_likely else None
         super().compute_batch(model, batch_data)
-        if likely is not None:
-            with self._stream():
-                likely.fetch()
+        with self._stream():
+            self._draw(batch_data)
 
-    def _read_in_place(self, batch_data: dict[str, Any]) -> torch.Tensor | None:
-        """Has a batch with prompts read the cache where it is, if its rows have more there than is new.
+    def _draw(self, batch_data: dict[str, Any]) -> None:
+        """A token for each row, by the logits of the forward before."""
+        logits, self._logits = self._logits, None
+        if logits is None:
+            assert self._captured is not None
+            logits = self._captured[: len(batch_data["logits_indices"])]
+        *_, output_ids = self.inputs_and_outputs.get_cb_kwargs()
+        rows, settings = self.logit_processor, batch_data["logits_processor_args"]
+        tokens = sampling.sample(logits, settings, cuts=rows.is_cut) if rows.is_sampled else sampling.greedy(logits)
+        output_ids[0, : len(tokens)].copy_(tokens)
+        if rows.has_logprobs:
+            # Bits of fp32, as transformers keeps them.
+            output_ids[1, : len(tokens)].copy_(sampling.logprobs_of(logits, tokens).view(torch.int32))
+        if rows.has_likely:
+            self._likely_of_batch().take(sampling.most_likely(logits))
+
+    def _read_in_place(self, batch_data: dict[str, Any], is_short: bool) -> torch.Tensor | None:
+        """Has a batch with prompts read the cache where it is.
+
+        Args:
+            batch_data: of the batch.
+            is_short: whether it may be replayed: so that there is one graph for its size, its rows need not have more
+                in the cache than is new.
 
         Returns:
             The rows' blocks, on the device; None for other batches, and where transformers copies what the rows have.
@@ -471,8 +500,10 @@ class Runner(ModelRunner):
         io, futures = self._io("device_io"), self._futures()
         if not self.cache.in_place or io.use_block_table or io.max_kv_read:
             return None
-        if all(future.state.position_offset == future.query_length for future in futures):
-            return None
+        if not any(future.state.position_offset > future.query_length for future in futures):
+            has_room = max(future.query_length for future in futures) <= self.cache.max_decode_fast_path_length
+            if not (has_room and is_short and self.use_cuda_graph_varlen):
+                return None
         # Nobody asks for it, and one graph is enough for each size of a batch, whatever its rows have in the cache.
         batch_data["max_length_k"] = io.max_length_k = dict.fromkeys(io.max_length_k, 1)
         table: torch.Tensor = io.block_table[:, : batch_data["cu_seq_lens_q"].shape[0] - 1]
@@ -488,10 +519,9 @@ class Runner(ModelRunner):
         return self._likely[id(io)]
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable[..., None], bool]:
-        if not self._can_replay:
-            return self._forward_process_and_sample, False
-        forward, graph = super()._get_forward_fn(use_block_table)
-        return forward, graph
+        _, has_graphs = super()._get_forward_fn(use_block_table)
+        replays = has_graphs and self._can_replay
+        return self._run_to_be_captured if replays else self._run, replays
 
     @torch.no_grad()
     def warm_up(self, model: nn.Module) -> None:
@@ -510,6 +540,9 @@ class Runner(ModelRunner):
         for other in (None, *standings):
             with self._warming(other):
                 self.warmup(model)
+        # Prompts come in more sizes, and mostly in batches of several adapters.
+        for other in (None, *standings[-1:]):
+            with self._warming(other):
                 self._warm_up_in_place(model)
         self.steps = self.segments = 0
 
@@ -524,18 +557,20 @@ class Runner(ModelRunner):
             self.cache.reset()
 
     def _warm_up_in_place(self, model: nn.Module) -> None:
-        """The smallest batch with a prompt beside rows that have something in the cache, for each pair of tensors."""
+        """Batches with prompts beside rows that have something in the cache: each size, for each pair of tensors."""
         if not (self.pad_inputs and self.cache.in_place):
             return
-        io = self.inputs_and_outputs
-        self._warms_in_place = True
+        io, interval = self.inputs_and_outputs, self.cb_config.q_padding_interval_size
+        sizes = {min(size, self.cache.max_batch_tokens) for size in range(interval, _MOST_REPLAYED + 1, interval)}
         try:
-            for _ in range(2 if isinstance(io, ContinuousBatchingAsyncIOs) else 1):
-                self.run_one_warmup(model, num_q_tokens=2, max_kv_read=self.cb_config.page_size)
+            for _ in self._ios():
+                for size in sorted(sizes, reverse=True):  # the others share what the largest takes
+                    self._size_to_warm = size
+                    self.run_one_warmup(model, num_q_tokens=2, max_kv_read=self.cb_config.page_size)
                 if isinstance(io, ContinuousBatchingAsyncIOs):
                     io.swap_io_pairs()
         finally:
-            self._warms_in_place = False
+            self._size_to_warm = None
             self.cache.reset()
 
     @contextmanager
@@ -555,15 +590,13 @@ class Runner(ModelRunner):
         return {"tokens": self.cache.max_batch_tokens, "segments": self.cb_config.max_requests_per_batch}
 
     def _choose_graphs(self, standing: Standing | None) -> None:
-        """Lays out the graphs that were captured for batches like this one; each pair of tensors has its own."""
+        """Says which graphs are for batches like this one; each pair of tensors has its own."""
         pair = getattr(self.inputs_and_outputs, "current_pair", 0)
         version = None if standing is None else self.model.standing_version
         if version is not None and version != self._version:
-            self._graphs = {key: graphs for key, graphs in self._graphs.items() if key[0] is None}
+            self._graphs.forget(lambda group: group.mode is not None)
             self._version = version
-        rows = self.logit_processor
-        key = None if standing is None else standing.mode, pair, rows.kind, self._table is not None
-        self._io("device_io").graphs = self._graphs.setdefault(key, CudaGraphBuffer())
+        self._graphs.group = Group(None if standing is None else standing.mode, pair, self._table is not None)
 
     def _stream(self) -> AbstractContextManager[Any]:
         stream = self.inputs_and_outputs.compute_stream
@@ -588,32 +621,37 @@ class Runner(ModelRunner):
         io = self.inputs_and_outputs
         return getattr(io.io_pairs[io.current_pair], side) if isinstance(io, ContinuousBatchingAsyncIOs) else io
 
-    def _forward_process_and_sample(
+    def _ios(self) -> list[Any]:
+        """All tensors of batches on the device."""
+        io = self.inputs_and_outputs
+        return [pair.device_io for pair in io.io_pairs] if isinstance(io, ContinuousBatchingAsyncIOs) else [io]
+
+    def _run(self, *args: Any) -> None:
+        self._logits = self._logits_of(*args).float()
+
+    def _run_to_be_captured(self, *args: Any) -> None:
+        logits = self._logits_of(*args)
+        if self._captured is None:
+            shape = self.cb_config.max_requests_per_batch, logits.shape[1]
+            self._captured = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        self._captured[: len(logits)].copy_(logits)
+
+    def _logits_of(
         self,
         model: nn.Module,
         batch_data: dict[str, Any],
         carry_over_ids: torch.Tensor,
         prev_output_ids: torch.Tensor,
         output_ids: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
+        """The logits of each row's last token, (rows, vocabulary)."""
         self.inputs_and_outputs.carry_over_tokens(batch_data["input_ids"], carry_over_ids, prev_output_ids)
         decodes = batch_data["block_table"] is not None
         cached = cached_rows(batch_data, self._table) if self._plain is None else self._plain
         inputs = batch_data if cached is None else {**batch_data, "cached_rows": cached}
         with self._serving():
             logits = (self._bases[decodes] if self._plain is None else _forward)(model, inputs)
-        if "logits_to_keep" not in batch_data:
-            logits = logits[:, batch_data["logits_indices"], :]
-        logits = logits[0].float()
-        rows = self.logit_processor
-        settings = batch_data["logits_processor_args"]
-        tokens = sampling.sample(logits, settings, cuts=rows.is_cut) if rows.is_sampled else sampling.greedy(logits)
-        output_ids[0, : len(tokens)].copy_(tokens)
-        if rows.has_logprobs:
-            # Bits of fp32, as transformers keeps them.
-            output_ids[1, : len(tokens)].copy_(sampling.logprobs_of(logits, tokens).view(torch.int32))
-        if rows.has_likely:
-            self._likely_of_batch().take(sampling.most_likely(logits))
+        return logits[0] if "logits_to_keep" in batch_data else logits[0, batch_data["logits_indices"]]
 
 
 @contextmanager
@@ -888,9 +926,13 @@ class Batching(ContinuousBatchingManager):
     def _create_batch_processor(self) -> Processor:
         if isinstance(self.batch_processor, Processor):
             return self.batch_processor
-        config = self.continuous_batching_config
+        config, base = self.continuous_batching_config, self.model.config.get_text_config()
+        positions = getattr(base, "max_position_embeddings", None)
+        if config.max_blocks_per_request and positions is not None:
+            # transformers has 32 for any base, and copies the whole cache of a batch in which one row has more.
+            config.max_blocks_per_request = min(-(-positions // config.page_size), _MOST_BLOCKS)
         cache = Cache(
-            config=self.model.config.get_text_config(),
+            config=base,
             continuous_batching_config=config,
             device=self.model.device,
             distributed_helper=self.distributed_helper,
@@ -898,7 +940,7 @@ class Batching(ContinuousBatchingManager):
             model_supports_logits_to_keep=self.model._supports_logits_to_keep(),
         )
         cache.owners = {}
-        cache.in_place = may_read_in_place(self.model.config.get_text_config(), cache)
+        cache.in_place = may_read_in_place(base, cache)
         self._use_prefix_sharing = cache.use_prefix_sharing
         update_cb_config_after_cache_creation(
             cb_config=config, num_blocks=cache.num_blocks, max_batch_tokens=cache.max_batch_tokens
@@ -913,7 +955,7 @@ class Batching(ContinuousBatchingManager):
             scheduler = SharedScheduler(cache, config.safety_margin, config.max_requests_per_batch)
         processor = (Processor if isinstance(self._chooser, Admission) else SharedProcessor)(
             cache=cache,
-            config=self.model.config.get_text_config(),
+            config=base,
             generation_config=self.generation_config,
             continuous_batching_config=config,
             logit_processor=self.logit_processor,

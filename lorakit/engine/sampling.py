@@ -3,7 +3,7 @@
 A row's draw is one number, uniform in [0, 1): the token is where the cumulative probability passes it (inverse
 transform sampling), in the order of the vocabulary, or of probability where top-k or top-p cut the row. So a draw
 depends on its request's seed and its place in the sequence alone, and not on what else is in the batch; and all of it
-has static shapes, so that a CUDA graph can keep it.
+has static shapes, so that nobody waits for the device.
 
 The tokens that may be drawn are those of transformers' TemperatureLogitsWarper, TopKLogitsWarper and TopPLogitsWarper
 in this order. Where tokens are equally likely and top-p needs but some of them, those with the smaller ids stay.

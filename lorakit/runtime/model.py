@@ -437,7 +437,7 @@ class MultiLoraModel(nn.Module):
             return self._standings.of(used, tokens=tokens, segments=segments)
 
     def standings(self, *, tokens: int, segments: int) -> list[Standing]:
-        """Standing batches for any one of the adapters that the model serves now, and for all together.
+        """Standing batches for any one of the adapters that the model serves now; the last is for all together, too.
 
         Args:
             tokens: as in `standing`.

@@ -60,7 +60,7 @@ class Standings:
         return self._of(Mode.of((slot.dtype, slot.layout) for slot in slots), tokens, segments)
 
     def of_each(self, dtype: torch.dtype | None, *, tokens: int, segments: int) -> list[Standing]:
-        """Standing batches for any one of the adapters that are served now, and for all together.
+        """Standing batches for any one of the adapters that are served now; the last is for all together, too.
 
         Args:
             dtype: of A and B on the device; None: as each has them.
@@ -71,7 +71,7 @@ class Standings:
         self._stand({source.layout for source in sources})
         kinds = {(dtype or source.dtype, source.layout) for source in sources if can_stand(source.layout)}
         modes = {Mode.of([kind]) for kind in kinds} | ({Mode.of(kinds)} if kinds else set())
-        found = [self._of(mode, tokens, segments) for mode in sorted(modes, key=str)]
+        found = [self._of(mode, tokens, segments) for mode in sorted(modes, key=_breadth)]
         return [standing for standing in found if standing is not None]
 
     @contextmanager
@@ -109,3 +109,8 @@ class Standings:
         heads = self._paths & {self._output}
         body = make(sorted(self._paths - heads), base.table, base.finder)
         return Standing(mode, body, make(sorted(heads), base.table, base.finder) if heads else None)
+
+
+def _breadth(mode: Mode) -> tuple[int, int, str]:
+    """Larger for a mode of more adapters."""
+    return len(mode.dtypes), mode.max_rank, str(mode)

@@ -53,6 +53,9 @@ SIGNATURES = {
     model_runner.ModelRunner.maybe_pad_inputs: "num_q_tokens max_kv_read use_decode_fast_path",
     cache_module.PagedAttentionCache.fill_block_table: "request_id past_length query_length block_table",
     input_outputs.ContinuousBatchingIOs._get_graph_key: "",
+    input_outputs.ContinuousBatchingIOs.get_cb_kwargs: "",
+    model_runner.ModelRunner._get_forward_fn: "use_block_table",
+    model_runner.ModelRunner._capture_graph: "forward_fn compute_stream args",
     model_runner.ModelRunner._forward_process_and_sample: (
         "model batch_data carry_over_ids prev_output_ids output_ids"
     ),

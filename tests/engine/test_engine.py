@@ -97,15 +97,16 @@ def _run_twice(monkeypatch):
     So each is to enter by itself.
     """
     entered, forwards = [], []
-    standing_by, forward = MultiLoraModel.standing_by, Runner._forward_process_and_sample
+    standing_by, forward = MultiLoraModel.standing_by, Runner._logits_of
 
     def twice(runner, *args):
         for _ in range(2):
             forwards.append(runner)
-            forward(runner, *args)
+            logits = forward(runner, *args)
+        return logits
 
     monkeypatch.setattr(MultiLoraModel, "standing_by", lambda *args: (entered.append(args), standing_by(*args))[1])
-    monkeypatch.setattr(Runner, "_forward_process_and_sample", twice)
+    monkeypatch.setattr(Runner, "_logits_of", twice)
     return entered, forwards
 
 

@@ -6,11 +6,12 @@ import inspect
 import pytest
 import served as small
 import torch
-from served import alone, family, requests, served
+from served import alone, drawn, family, requests, served
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from lorakit import Engine, MultiLoraModel
+from lorakit.engine import batching
 from lorakit.engine.batching import Runner
 
 pytestmark = pytest.mark.gpu
@@ -107,6 +108,18 @@ def test_one_graph_serves_every_mix(monkeypatch):
         for seed in range(5):
             served(engine, requests(20, names[seed % 4 :], seed=1))
         assert len(captured) == before
+
+
+def test_tokens_are_drawn_alike_with_graphs_and_without(monkeypatch):
+    """Also if there is no room for more than two graphs."""
+    model = model_on_gpu()
+    with Engine(model, config(cuda_graphs=False)) as engine:
+        expected = drawn(engine)
+    for most in (256, 2):
+        monkeypatch.setattr(batching, "_MOST_GRAPHS", most)
+        with Engine(model, config(cuda_graphs=True)) as engine:
+            assert drawn(engine) == expected
+            assert 0 < len(engine._batching.batch_processor.model_runner._graphs) <= most
 
 
 def test_adapters_that_come_in_change_nothing_for_those_that_run():

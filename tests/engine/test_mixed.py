@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import flash
 import pytest
 import torch
-from served import alone, at_rest, config, family, model_of, requests, served
-from transformers.generation.continuous_batching import initialization
+from served import alone, at_rest, config, drawn, family, model_of, requests, served
+from transformers.generation.continuous_batching import initialization, model_runner
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
 from lorakit import Engine
-from lorakit.engine import attention
+from lorakit.engine import attention, batching
 from lorakit.engine.attention import MixedRows, cached_rows, mixed_attention
 from lorakit.engine.batching import Runner
 from lorakit.engine.in_place import may_read_in_place, operator_works
@@ -40,17 +40,12 @@ def calls(monkeypatch):
     monkeypatch.setattr(
         attention, "_prompts_by_flash_attention", lambda *given: (calls.append("mixed"), mixed(*given))[1]
     )
-    widths(monkeypatch, 32)
-    return calls
-
-
-def widths(monkeypatch, blocks):
-    """Rows have so many blocks at most for which there is room in the table."""
 
     def resolve(config, cb_config, requested):
-        cb_config.max_blocks_per_request = blocks
+        cb_config.max_blocks_per_request = 5  # fewer than these rows need, as transformers has too few for long ones
 
     monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", resolve)
+    return calls
 
 
 def give_kernel(monkeypatch, calls):
@@ -98,27 +93,78 @@ def test_each_request_of_a_mix_gives_what_it_gives_alone(monkeypatch, calls, exp
 
 
 def test_rows_longer_than_the_table_are_copied(monkeypatch, calls, expected):
-    widths(monkeypatch, 9)
+    monkeypatch.setattr(batching, "_MOST_BLOCKS", 9)
     with Engine(model_with_flash(), config()) as engine:
         calls.clear()
         assert served(engine, asked()) == expected
     assert {"mixed", "copied"} <= set(calls)
 
 
-def test_of_a_graph_there_is_one_for_each_size(monkeypatch, calls):
-    """Not for what rows have in the cache, too: the key of a graph is the tokens of its batch."""
-    keys = set()
-    choose = Runner._choose_graphs
+class Replayed:
+    """Stands for a CUDA graph: runs once more what was captured, on the tensors and by the adapters of then."""
 
-    def chosen(runner, standing):
-        choose(runner, standing)
-        if runner._table is not None:
-            keys.add(runner.inputs_and_outputs._get_graph_key())
+    FIXED = ("_table", "_serving")
 
-    monkeypatch.setattr(Runner, "_choose_graphs", chosen)
+    def __init__(self, runner, forward, args):
+        self._runner, self._forward = runner, lambda: forward(*args)
+        self._fixed = {name: getattr(runner, name) for name in self.FIXED}
+
+    def replay(self):
+        now = {name: getattr(self._runner, name) for name in self.FIXED}
+        vars(self._runner).update(self._fixed)
+        self._forward()
+        vars(self._runner).update(now)
+
+    def reset(self):
+        """Has nothing."""
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Sizes of which a forward was captured, in an engine that has CUDA graphs on the CPU."""
+    sizes = []
+
+    def capture(runner, forward, stream, *args):
+        forward(*args)
+        sizes.append(runner.inputs_and_outputs._get_graph_key())
+        runner.inputs_and_outputs.set_graph(Replayed(runner, forward, args))
+
+    monkeypatch.setattr(model_runner, "get_memory_pools", lambda: (None, None))
+    monkeypatch.setattr(Runner, "_capture_graph", capture)
+    for name in ("pad_inputs", "use_cuda_graph_varlen", "use_cuda_graph_decode"):
+        monkeypatch.setattr(Runner, name, property(lambda self: True, lambda self, value: None), raising=False)
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def in_all_ways():
+    with Engine(model_of(), config()) as engine:
+        return drawn(engine)
+
+
+@pytest.mark.parametrize("longest", [1024, 8])
+def test_what_is_replayed_was_captured_when_the_engine_started(monkeypatch, in_all_ways, calls, captured, longest):
+    """One forward a size of a batch, whatever its rows have in the cache, and however they are drawn."""
+    monkeypatch.setattr(batching, "_MOST_REPLAYED", longest)
+    monkeypatch.setitem(initialization.FALLBACK_DEFAULTS, "q_padding_interval_size", 8)
     with Engine(model_with_flash(), config()) as engine:
-        served(engine, asked())
-    assert len(keys) > 3 and {key[1:] for key in keys} == {(0, 1)}
+        sizes = sorted(captured)
+        assert [size[0] for size in sizes if size[1:] == (0, 1)] == [size for size in (8, 16, 24) if size <= longest]
+        assert [size for size in sizes if len(size) == 1] == [(1,), (2,), (4,), (6,)]
+        calls.clear()
+        for _ in range(2):
+            assert drawn(engine) == in_all_ways
+        assert sorted(captured) == sizes
+        assert set(calls) == ({"mixed"} if longest == 1024 else {"mixed", "prompts"})
+        at_rest(engine)
+
+
+def test_only_so_many_are_kept(monkeypatch, in_all_ways, calls, captured):
+    monkeypatch.setattr(batching, "_MOST_GRAPHS", 2)
+    with Engine(model_with_flash(), config()) as engine:
+        started = len(captured)
+        assert drawn(engine) == in_all_ways
+        assert len(captured) > started and len(engine._batching.batch_processor.model_runner._graphs) == 2
 
 
 def with_softcap(monkeypatch, model):

@@ -144,7 +144,9 @@ def test_a_gpu_that_nobody_measured_keeps_flash_attention():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [[208] * 32, [8000], [20, 1900, 700, 256, 255, 511, 0, -1] * 12], ids=len)
+@pytest.mark.parametrize(
+    "lengths", [[208] * 32, [8000], [33000, 5], [20, 1900, 700, 256, 255, 511, 0, -1] * 12], ids=len
+)
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8), (16, 1)], ids=str)
 def test_with_the_tiles_of_this_gpu(monkeypatch, heads, lengths):
     """In a CUDA graph that is replayed, as the engine has it."""
