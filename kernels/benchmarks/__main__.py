@@ -16,7 +16,7 @@ from pathlib import Path
 
 from timing import need_gpu
 
-NAMES = ("decode_layer", "one_operator", "mixed_ranks", "prefill_layer", "base_products", "paged_attention")
+NAMES = ("decode_layer", "one_operator", "mixed_ranks", "prefill_layer", "base_products", "paged_attention", "sampling")
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ transform sampling), in the order of the vocabulary, or of probability where top
 depends on its request's seed and its place in the sequence alone, and not on what else is in the batch; and all of it
 has static shapes, so that nobody waits for the device.
 
+On a GPU, `lorakit_kernels.sample` does it, without sorting the vocabulary.
+
 The tokens that may be drawn are those of transformers' TemperatureLogitsWarper, TopKLogitsWarper and TopPLogitsWarper
 in this order. Where tokens are equally likely and top-p needs but some of them, those with the smaller ids stay.
 
@@ -17,6 +19,8 @@ import hashlib
 from typing import NamedTuple
 
 import torch
+
+from lorakit.runtime import ops
 
 ROWS = 5
 """Rows of settings, int32 each: temperature, top-p, and the two parts of the draw are the bits of float32."""
@@ -77,12 +81,20 @@ def sample(logits: torch.Tensor, rows: torch.Tensor, *, cuts: bool = True) -> to
     Args:
         logits: (n, V) fp32.
         rows: (`ROWS`, n) int32, of `rows_of`.
-        cuts: whether some row has a top-k or a top-p. Only these need the vocabulary in order, and sorting takes longer
-            than all else; what other rows get is the same either way.
+        cuts: whether some row has a top-k or a top-p. Only these need the vocabulary in order, and finding that takes
+            longer than all else; what other rows get is the same either way.
 
     Returns:
         (n,) int64.
     """
+    if ops.has_kernels(logits.device, logits.dtype):
+        temperature, top_p, draws, rests = (rows[i].view(torch.float32) for i in (0, 2, 3, 4))
+        return ops.sample(logits, temperature, rows[1], top_p, draws, rests, cuts=cuts)
+    return by_sorting(logits, rows, cuts=cuts)
+
+
+def by_sorting(logits: torch.Tensor, rows: torch.Tensor, *, cuts: bool) -> torch.Tensor:
+    """`sample`, in plain torch; arguments as there."""
     temperature, top_p, draws, rests = (rows[i].view(torch.float32).unsqueeze(1) for i in (0, 2, 3, 4))
     top_k = rows[1].unsqueeze(1)
     is_greedy = temperature == 0

@@ -21,6 +21,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from lorakit_kernels.linear import can_join, linears
     from lorakit_kernels.paged import attend, can_attend
+    from lorakit_kernels.sampling import sample
     from lorakit_kernels.sgmv import expand_, lookup, replace_, shrink
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "plan",
     "replace_",
     "replaced",
+    "sample",
     "shrink",
     "stacked_lora",
 ]

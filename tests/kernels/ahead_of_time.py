@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from lorakit_kernels import arguments, decode, dense, embedding, entries, paged, prefill, tuning, whole
+from lorakit_kernels import arguments, decode, dense, embedding, entries, paged, prefill, sampling, tuning, whole
 from lorakit_kernels.plan import COLUMNS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -152,6 +152,15 @@ def paged_attend(case, tiles):
         )  # fmt: skip
 
 
+def sampling_sample(case, tiles):
+    """Vocabularies that fill the last chunk and that do not, with rows that are cut and without."""
+    if case not in FEW[:2]:
+        return
+    for size, cuts in ((32000, True), (128256, True), (50257, False)):
+        rows = [tensor(8, dtype=dtype) for dtype in (FP32, torch.int32, FP32, FP32, FP32)]
+        sampling.sample(tensor(8, size, dtype=FP32), *rows, cuts=cuts)
+
+
 KERNELS = {
     "decode.shrink": (decode, "shrink_kernel", decode_shrink),
     "decode.expand": (decode, "expand_kernel", decode_expand),
@@ -162,7 +171,12 @@ KERNELS = {
     "dense.products": (dense, "products_kernel", dense_products),
     "paged.attend": (paged, "attend_kernel", paged_attend),
     "whole.embedding": (whole, "embedding_kernel", whole_embedding),
+    "sampling.sample": (sampling, "tops_kernel weights_kernel choose_kernel", sampling_sample),
 }
+"""Each with its module, the kernels that are launched, and what launches them."""
+
+MAY_BE_LEFT_OUT = ("dense.products", "paged.attend", "sampling.sample")
+"""For some cases, or on some GPUs."""
 
 
 class Target:
@@ -225,21 +239,23 @@ def main():
     for capability in options.capability or GPUS:
         driver.set_active(Target(capability))
         arguments.overlaps = lambda device, capability=capability: capability >= 90
-        for module, attribute, _ in KERNELS.values():
-            # Triton keeps what it compiled by the device's number, and here all have the same.
-            getattr(module, attribute).device_caches.clear()
+        for module, attributes, _ in KERNELS.values():
+            for attribute in attributes.split():
+                # Triton keeps what it compiled by the device's number, and here all have the same.
+                getattr(module, attribute).device_caches.clear()
         for path, name in itertools.product(tile_files(capability), options.kernel or KERNELS):
-            module, attribute, call = KERNELS[name]
-            original = getattr(module, attribute)
+            module, attributes, call = KERNELS[name]
+            originals = {attribute: getattr(module, attribute) for attribute in attributes.split()}
             for case in ALL if options.all else FEW:
-                compiled = Compiled(original)
-                setattr(module, attribute, compiled)
+                compiled = {attribute: Compiled(original) for attribute, original in originals.items()}
+                vars(module).update(compiled)
                 try:
                     call(case, tuning.read(path))
                 finally:
-                    setattr(module, attribute, original)
-                assert compiled.binaries or name in ("dense.products", "paged.attend"), "nothing was launched"
-                for binary in compiled.binaries:
+                    vars(module).update(originals)
+                binaries = [binary for one in compiled.values() for binary in one.binaries]
+                assert binaries or name in MAY_BE_LEFT_OUT, "nothing was launched"
+                for binary in binaries:
                     used = usage(binary)
                     used["SHARED"] = binary.metadata.shared
                     assert ("griddepcontrol" in binary.asm["ptx"]) == (capability >= 90)

@@ -11,8 +11,8 @@ PROGRAM = Path(__file__).parent / "ahead_of_time.py"
 KERNELS = [
     ("decode.shrink", "decode.expand"),
     ("prefill.shrink",),
-    # Lookups are compiled in an instant, and have no tiles.
-    ("prefill.expand", "embedding.lookup", "whole.embedding"),
+    # Lookups and samplers are compiled in an instant, and have no tiles.
+    ("prefill.expand", "embedding.lookup", "whole.embedding", "sampling.sample"),
     ("whole.linear", "dense.products"),
 ]
 

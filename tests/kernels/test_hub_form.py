@@ -29,6 +29,7 @@ EXPORTS = [
     "plan",
     "replace_",
     "replaced",
+    "sample",
     "shrink",
     "stacked_lora",
 ]

@@ -18,6 +18,7 @@ from .stacked import Stack, Whole, replaced, stacked_lora
 if TYPE_CHECKING:
     from .linear import can_join, linears
     from .paged import attend, can_attend
+    from .sampling import sample
     from .sgmv import expand_, lookup, replace_, shrink
 
 _BY_TRITON = {
@@ -28,6 +29,7 @@ _BY_TRITON = {
     "linears": "linear",
     "lookup": "sgmv",
     "replace_": "sgmv",
+    "sample": "sampling",
     "shrink": "sgmv",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "plan",
     "replace_",
     "replaced",
+    "sample",
     "shrink",
     "stacked_lora",
 ]
