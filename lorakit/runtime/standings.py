@@ -85,13 +85,18 @@ class Standings:
                 routing.served = True
 
     def _stand(self, layouts: Iterable[Layout]) -> None:
-        """Hooks all modules of these layouts; standing batches are made anew."""
+        """Hooks all modules of these layouts; standing batches are made anew if some are new, and kept if none is.
+
+        Graphs know a standing batch by the addresses of its tensors.
+        """
+        before = len(self._paths)
         for layout in layouts:
             self._layouts[layout.key] = can_stand(layout)
             if self._layouts[layout.key]:
                 self._base.adapt_modules(layout.modules, shared=True)
                 self._paths |= {module.path for module in layout.modules}
-        self._found = {}
+        if len(self._paths) > before:
+            self._found = {}
 
     def _of(self, mode: Mode, tokens: int, segments: int) -> Standing | None:
         if mode not in self._found:

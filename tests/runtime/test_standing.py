@@ -104,6 +104,18 @@ def test_an_adapter_that_touches_more_makes_them_anew(model):
     assert model.standing(slots, **SIZES) is not before and model.standing_version != version
 
 
+def test_an_adapter_of_another_layout_leaves_them_as_they_are(model):
+    """Graphs that were captured go on: they know the tensors of a standing batch by their addresses."""
+    slots, ids = slots_of(model, ["small"]), ids_of(model, 2)
+    standing(model, ids, [*slots, None], None)  # shows who are siblings
+    before, version = model.standing(slots, **SIZES), model.standing_version
+    model.load_adapter("other", adapt(tenants()[0], 9, **TARGETS, r=3, lora_alpha=7))
+    both = [*slots, *slots_of(model, ["other"])]
+    assert torch.equal(standing(model, ids, both, None), by_itself(model, ids, both, None))
+    assert model.standing(both, **SIZES) is before
+    assert model.standing_version == version
+
+
 @torch.no_grad()
 def test_before_any_adapter_is_resident_it_serves_the_base(model):
     """So that graphs can be captured ahead, and stay right when adapters come."""
