@@ -230,12 +230,12 @@ RowsInCache: TypeAlias = dict[str, CachedRows] | dict[str, MixedRows]
 
 
 def cached_rows(batch: dict[str, Any], table: torch.Tensor | None = None) -> RowsInCache | None:
-    """What the rows of a batch have in the cache, by kind of layer; None for prompts that have nothing there.
+    """What the rows of a batch have in the cache, by kind of layer; None for prompts that are not read there.
 
     Args:
         batch: the arguments of a forward, as transformers makes them.
-        table: (kinds of layer, rows, most blocks of a row) int32, for a batch with prompts whose rows have more in the
-            cache than is new.
+        table: (kinds of layer, rows, most blocks of a row) int32, for a batch with prompts that reads the cache where
+            it is.
     """
     allocators = batch["cache"].cache_allocators.values()
     if batch["block_table"] is not None:

@@ -72,7 +72,7 @@ from transformers.generation.continuous_batching.utils import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from lorakit.engine.attention import cached_rows
-from lorakit.engine.in_place import may_read_in_place, operator_works
+from lorakit.engine.in_place import may_read_in_place, operator_works, takes_wide_tables
 
 Chooser: TypeAlias = Admission | Leader | Follower
 """What offers jobs: alone, or as one of several processes."""
@@ -81,10 +81,10 @@ _MOST_BLOCKS = 1024
 """Of a row, for all of which the batch's table of blocks has room, and goes to the device before each step."""
 
 _MOST_REPLAYED = 1024
-"""Tokens of a batch with prompts that is replayed: with more, the device takes longer than Python that launches."""
+"""Tokens of a batch with prompts that is replayed. With more, a GPU is busy with a base of 7B as long as Python is."""
 
 _MOST_GRAPHS = 256
-"""More than the sizes that there are of batches, for both pairs of tensors, the base and adapters."""
+"""Enough for all sizes of batches, for both pairs of tensors, the base and four modes of adapters."""
 
 
 @dataclass(eq=False, repr=False)
@@ -159,6 +159,18 @@ class Cache(PagedAttentionCache):
 
     owners: dict[str, Job]
     in_place: bool
+
+    def make_room(self, tokens: int, most_blocks: int) -> None:
+        """Has a batch's table of blocks have room for rows of so many tokens; transformers' is the same for any base.
+
+        Args:
+            tokens: that a row may have.
+            most_blocks: for which there is room.
+        """
+        # A row that is warmed up has a block full of tokens, and one more token.
+        needed = max(2, *(-(-tokens // allocator.tokens_per_page) for allocator in self.cache_allocators.values()))
+        self.max_blocks_per_request = min(needed, most_blocks)
+        self.max_decode_fast_path_length = self._infer_max_decode_fast_path_length()
 
     def table_of(self, futures: Sequence[FutureRequestState], rows: int, width: int) -> torch.Tensor:
         """(kinds of layer, rows, width) int32, the blocks of a batch's rows; -1 where a row has none."""
@@ -402,17 +414,21 @@ class Runner(ModelRunner):
         segments: how many adapters they had, the base being one, summed.
     """
 
-    def __init__(self, *args: Any, model: MultiLoraModel, chooser: Chooser, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, model: MultiLoraModel, chooser: Chooser, agree: Callable[[bool], bool], **kwargs: Any
+    ) -> None:
         """Has captured nothing yet.
 
         Args:
             *args: as transformers' runner.
             model: whose adapters.
             chooser: brings them to the device.
+            agree: says whether something is so in all processes that share the base.
             **kwargs: as transformers' runner.
         """
         super().__init__(*args, **kwargs)
-        self.model, self.chooser = model, chooser
+        self.model, self.chooser, self._agree = model, chooser, agree
+        self._positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
         self.steps = self.segments = 0
         self._stand_in: Standing | None = None
         self._can_replay = True
@@ -430,6 +446,7 @@ class Runner(ModelRunner):
         self._captured: torch.Tensor | None = None  # those of all captured ones: they run one after the other
         self._table: torch.Tensor | None = None
         self._plain: set[bool] | None = None
+        self._warms = False
         self._size_to_warm: int | None = None
         self._likely: dict[int, _LikelyOf] = {}
         self._version: tuple[int, int, int] | None = None
@@ -438,6 +455,10 @@ class Runner(ModelRunner):
         """The tokens that a batch has and copies from the cache, with padding where it is replayed or compiled."""
         if self._size_to_warm is not None:
             return self._size_to_warm, 0
+        # Nor is warming to copy what later is not copied: transformers has a page before the new tokens.
+        longest = num_q_tokens + self.cb_config.page_size
+        if self._warms and self.cache.in_place and longest <= self.cache.max_decode_fast_path_length:
+            max_kv_read = 0
         if not use_decode_fast_path and self.cb_config.varlen_compile_config is None and num_q_tokens > _MOST_REPLAYED:
             return num_q_tokens, max_kv_read
         tokens, reads = super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
@@ -453,6 +474,8 @@ class Runner(ModelRunner):
         kept = self._kept(batch_data["logits_indices"].shape[0]) if self.supports_logits_to_keep(model) else None
         is_short = self._io("device_io").use_block_table or tokens <= _MOST_REPLAYED
         with self._stream():
+            if self._warms and self._positions is not None:
+                batch_data["position_ids"].clamp_(max=self._positions - 1)  # transformers looks at no base's positions
             self._table = self._read_in_place(batch_data, is_short)
             self.model.pool.wait(self.chooser.fresh())
             standing = self._stand_in or self.model.standing(slots, **self._most())
@@ -478,6 +501,8 @@ class Runner(ModelRunner):
             logits = self._captured[: len(batch_data["logits_indices"])]
         *_, output_ids = self.inputs_and_outputs.get_cb_kwargs()
         rows, settings = self.logit_processor, batch_data["logits_processor_args"]
+        for cuts in (False, True) if self._warms else ():  # so that the kernels are compiled
+            sampling.sample(logits, settings, cuts=cuts)
         tokens = sampling.sample(logits, settings, cuts=rows.is_cut) if rows.is_sampled else sampling.greedy(logits)
         output_ids[0, : len(tokens)].copy_(tokens)
         if rows.has_logprobs:
@@ -491,8 +516,8 @@ class Runner(ModelRunner):
 
         Args:
             batch_data: of the batch.
-            is_short: whether it may be replayed: so that there is one graph for its size, its rows need not have more
-                in the cache than is new.
+            is_short: whether there may be a graph of its size. One is enough, if also prompts that have nothing in the
+                cache, and could do without, are read there.
 
         Returns:
             The rows' blocks, on the device; None for other batches, and where transformers copies what the rows have.
@@ -512,7 +537,7 @@ class Runner(ModelRunner):
         return table
 
     def _likely_of_batch(self) -> _LikelyOf:
-        """Where the batch's most likely tokens go; each pair of tensors has its own, as it has its own graphs."""
+        """Where the batch's most likely tokens go; each pair of tensors has its own, as one waits beside the other."""
         io = self._io("host_io")
         if id(io) not in self._likely:
             self._likely[id(io)] = _LikelyOf(io, self.cb_config.max_requests_per_batch, self.model.device)
@@ -526,12 +551,18 @@ class Runner(ModelRunner):
     @torch.no_grad()
     def warm_up(self, model: nn.Module) -> None:
         """Captures graphs for the adapters that the model serves now, beside those without any."""
+        self._warms = True
+        try:
+            self._warm_up(model)
+        finally:
+            self._warms = False
+            self.steps = self.segments = 0
+
+    def _warm_up(self, model: nn.Module) -> None:
         if self.cache.in_place:
             config = self.model.model.config.get_text_config()
-            group = config.num_attention_heads // find_num_key_value_heads(config)
-            self.cache.in_place = self._is_plain(model) and operator_works(
-                self.cache, group, config._attn_implementation
-            )
+            works = self._is_plain(model) and operator_works(self.cache, _group_of(config), config._attn_implementation)
+            self.cache.in_place = self._agree(works)
         has_graphs = self.use_cuda_graph_varlen or self.use_cuda_graph_decode
         standings = self.model.standings(**self._most()) if has_graphs else []
         for standing in standings:
@@ -544,7 +575,6 @@ class Runner(ModelRunner):
         for other in (None, *standings[-1:]):
             with self._warming(other):
                 self._warm_up_in_place(model)
-        self.steps = self.segments = 0
 
     def _is_plain(self, model: nn.Module) -> bool:
         """Whether all layers' attention is what the operators compute: none knows before it is called."""
@@ -561,10 +591,11 @@ class Runner(ModelRunner):
         if not (self.pad_inputs and self.cache.in_place):
             return
         io, interval = self.inputs_and_outputs, self.cb_config.q_padding_interval_size
-        sizes = {min(size, self.cache.max_batch_tokens) for size in range(interval, _MOST_REPLAYED + 1, interval)}
+        longest = _MOST_REPLAYED if self.use_cuda_graph_varlen else interval  # what is compiled is so for any size
+        sizes = {min(size, self.cache.max_batch_tokens) for size in range(interval, longest + 1, interval)}
         try:
             for _ in self._ios():
-                for size in sorted(sizes, reverse=True):  # the others share what the largest takes
+                for size in sorted(sizes, reverse=True):  # smaller ones share what the largest takes
                     self._size_to_warm = size
                     self.run_one_warmup(model, num_q_tokens=2, max_kv_read=self.cb_config.page_size)
                 if isinstance(io, ContinuousBatchingAsyncIOs):
@@ -583,6 +614,7 @@ class Runner(ModelRunner):
             self._stand_in = None
 
     def _capture_graph(self, *args: Any) -> None:
+        self._settle()
         with _no_collection():
             super()._capture_graph(*args)
 
@@ -627,7 +659,17 @@ class Runner(ModelRunner):
         return [pair.device_io for pair in io.io_pairs] if isinstance(io, ContinuousBatchingAsyncIOs) else [io]
 
     def _run(self, *args: Any) -> None:
+        self._settle()
         self._logits = self._logits_of(*args).float()
+
+    def _settle(self) -> None:
+        """Waits for replays, before a forward that is none, where processes share the base.
+
+        With NCCL_GRAPH_MIXING_SUPPORT=0, as transformers sets it, NCCL may not have both under way.
+        """
+        stream = self.inputs_and_outputs.compute_stream
+        if stream is not None and self.model.processes > 1 and len(self._graphs):
+            stream.synchronize()
 
     def _run_to_be_captured(self, *args: Any) -> None:
         logits = self._logits_of(*args)
@@ -666,6 +708,12 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _group_of(config: Any) -> int:
+    """How many heads of queries share one of keys and values, in the base of this config."""
+    heads: int = config.num_attention_heads
+    return heads // find_num_key_value_heads(config)
 
 
 def _forward(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -713,8 +761,13 @@ class Processor(ContinuousBatchProcessor):
             return_logprobs=True,
             model=model,
             chooser=chooser,
+            agree=self._agree,
         )
         self.model_runner = runner
+
+    def _agree(self, is_so: bool) -> bool:
+        found = self.distributed_helper.tp_all_reduce_min(torch.tensor(int(is_so)), on_cpu=True)
+        return bool(found.item())
 
 
 class SharedProcessor(Processor):
@@ -927,10 +980,6 @@ class Batching(ContinuousBatchingManager):
         if isinstance(self.batch_processor, Processor):
             return self.batch_processor
         config, base = self.continuous_batching_config, self.model.config.get_text_config()
-        positions = getattr(base, "max_position_embeddings", None)
-        if config.max_blocks_per_request and positions is not None:
-            # transformers has 32 for any base, and copies the whole cache of a batch in which one row has more.
-            config.max_blocks_per_request = min(-(-positions // config.page_size), _MOST_BLOCKS)
         cache = Cache(
             config=base,
             continuous_batching_config=config,
@@ -940,6 +989,10 @@ class Batching(ContinuousBatchingManager):
             model_supports_logits_to_keep=self.model._supports_logits_to_keep(),
         )
         cache.owners = {}
+        positions = getattr(base, "max_position_embeddings", None)
+        if cache.max_decode_fast_path_length and positions is not None:
+            is_wide = takes_wide_tables(cache, _group_of(base), base._attn_implementation)
+            cache.make_room(positions, _MOST_BLOCKS if is_wide else cache.max_blocks_per_request)
         cache.in_place = may_read_in_place(base, cache)
         self._use_prefix_sharing = cache.use_prefix_sharing
         update_cb_config_after_cache_creation(

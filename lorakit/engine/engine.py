@@ -11,11 +11,13 @@ here. Knows token ids; no text and no HTTP.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import itertools
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -474,6 +476,7 @@ class Engine:
         """Makes the loop and all that it works with anew, and starts it."""
         base = self.model.model
         assert isinstance(base, PreTrainedModel)
+        gc.collect()  # What a loop before this one had is in cycles, and this one takes what memory is free.
         self._tenants = Tenants(self._policies, self.config.default_tenant)
         self._residency = Residency(self.model, readers=self.config.readers, wake=self._wake)
         self._chooser = self._new_chooser(self._residency)
@@ -531,6 +534,7 @@ class Engine:
         if batching is not None:
             batching.stop(hard_stop=True)
             batching.destroy()
+        _clear_frames(self._cause)
         if self._chooser is not None:
             self._chooser.close()
         if self._residency is not None:
@@ -582,6 +586,13 @@ class Engine:
             for job in _jobs(handle):
                 job.over = True
             handle.fail(error)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Lets go of what an error's frames hold: cache and graphs of a loop that has ended."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _jobs(handle: RequestHandle) -> list[Job]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lorakit.engine.attention import IMPLEMENTATIONS, mixed_attention, mixed_rows
+from lorakit.runtime import ops
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,25 @@ def may_read_in_place(config: Any, cache: Any) -> bool:
         and kinds == ["full_attention"]
         and cache.dtype != torch.float32
     )
+
+
+def takes_wide_tables(cache: Any, group: int, implementation: str) -> bool:
+    """Whether decoding a short row takes no longer for a table that has room for long ones.
+
+    FlashAttention 2 cuts rows into parts as if each filled its table; FlashAttention 3 and lorakit's kernel look first.
+
+    Args:
+        cache: as for `operator_works`, as `group` and `implementation`.
+        group: see there.
+        implementation: see there.
+    """
+    if implementation != "flash_attention_2":
+        return True
+    allocator = next(iter(cache.cache_allocators.values()))
+    keys, values = allocator.get_cache_for_block_table(allocator.layer_indices[0])
+    heads, size = keys.shape[2:]
+    query, key = (keys.new_empty(1, count, size) for count in (group * heads, heads))
+    return ops.has_kernels(query.device, query.dtype) and ops.can_attend(query, key, keys, values)
 
 
 def operator_works(cache: Any, group: int, implementation: str) -> bool:

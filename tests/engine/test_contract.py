@@ -35,6 +35,7 @@ SIGNATURES = {
     ),
     api.ContinuousBatchProcessor._update_tp_group_state: "",
     api.DistributedHelper.tp_all_reduce_state: "payload_size stop_status pause_requested",
+    api.DistributedHelper.tp_all_reduce_min: "value on_cpu",
     api.DistributedHelper.tp_broadcast_object_from_rank_0: "obj",
     api.OutputRouter.deliver: "output",
     api.OutputRouter.deliver_batch: "outputs",
@@ -42,6 +43,7 @@ SIGNATURES = {
     cache_module.PagedAttentionCache.__init__: (
         "config continuous_batching_config device distributed_helper dtype model_supports_logits_to_keep"
     ),
+    cache_module.PagedAttentionCache._infer_max_decode_fast_path_length: "",
     cache_module.PagedAttentionCache.search_prefix_match: "request_id prompt_ids",
     cache_module.PagedAttentionCache.mark_complete_blocks: "state complete_blocks",
     cache_allocator.CacheAllocator.match_prefix_blocks: "prompt_ids",

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -773,6 +774,18 @@ def test_a_crash_fails_every_open_request_with_its_cause_and_the_engine_starts_a
         wait_for(engine, "ready")
         assert engine.submit(PROMPT, "lora", max_new_tokens=5).result(60).token_ids == expected
         at_rest(engine)
+
+
+def test_what_a_loop_had_is_given_back_when_it_has_failed(monkeypatch):
+    """The next one wants the memory; and who asks for the cause holds the frames in which it was raised."""
+    model = model_of()
+    with Engine(model, SMALL) as engine:
+        cache = weakref.ref(engine._batching.batch_processor.cache)
+        break_once(model, monkeypatch)
+        with pytest.raises(EngineCrashedError) as raised:
+            engine.submit(PROMPT, "lora").result(20)
+        wait_for(engine, "ready")
+        assert cache() is None and raised.value.__cause__.__traceback__ is not None
 
 
 def test_an_engine_that_crashes_again_and_again_says_that_it_is_dead(monkeypatch):

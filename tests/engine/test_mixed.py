@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import flash
 import pytest
 import torch
-from served import alone, at_rest, config, drawn, family, model_of, requests, served
+from served import alone, at_rest, config, double, drawn, family, model_of, requests, served
 from transformers.generation.continuous_batching import initialization, model_runner
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
-from lorakit import Engine
-from lorakit.engine import attention, batching
+from lorakit import Engine, MultiLoraModel
+from lorakit.engine import attention, batching, in_place
 from lorakit.engine.attention import MixedRows, cached_rows, mixed_attention
 from lorakit.engine.batching import Runner
 from lorakit.engine.in_place import may_read_in_place, operator_works
@@ -41,11 +41,17 @@ def calls(monkeypatch):
         attention, "_prompts_by_flash_attention", lambda *given: (calls.append("mixed"), mixed(*given))[1]
     )
 
+    widths(monkeypatch, 32)
+    return calls
+
+
+def widths(monkeypatch, blocks):
+    """transformers' tables have room for so many blocks of a row."""
+
     def resolve(config, cb_config, requested):
-        cb_config.max_blocks_per_request = 5  # fewer than these rows need, as transformers has too few for long ones
+        cb_config.max_blocks_per_request = blocks
 
     monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", resolve)
-    return calls
 
 
 def give_kernel(monkeypatch, calls):
@@ -56,11 +62,12 @@ def give_kernel(monkeypatch, calls):
         return flash.append_and_attend(*args)
 
     kernels = SimpleNamespace(has_kernels=lambda *_: True, can_attend=lambda *_: True, attend=attend)
-    monkeypatch.setattr(attention, "ops", kernels)
+    for module in (attention, in_place):
+        monkeypatch.setattr(module, "ops", kernels)
 
 
-def model_with_flash(name="flash_attention_3"):
-    model = model_of()
+def model_with_flash(name="flash_attention_3", architecture="llama"):
+    model = model_of() if architecture == "llama" else MultiLoraModel(double(architecture))
     model.model.config._attn_implementation = name
     return model
 
@@ -98,6 +105,22 @@ def test_rows_longer_than_the_table_are_copied(monkeypatch, calls, expected):
         calls.clear()
         assert served(engine, asked()) == expected
     assert {"mixed", "copied"} <= set(calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "with_kernel", "is_wide"),
+    [("flash_attention_2", False, False), ("flash_attention_2", True, True), ("flash_attention_3", False, True)],
+)
+def test_tables_have_room_for_all_positions_where_that_costs_nothing(monkeypatch, calls, name, with_kernel, is_wide):
+    widths(monkeypatch, 5)
+    if with_kernel:
+        give_kernel(monkeypatch, calls)
+    model = model_with_flash(name)
+    for page_size, blocks in ((4, 16), (48, 2), (64, 2)):
+        with Engine(model, config(page_size=page_size)) as engine:
+            cache = engine._batching.batch_processor.cache
+            blocks = blocks if is_wide else min(blocks, 5)
+            assert (cache.max_blocks_per_request, cache.max_decode_fast_path_length) == (blocks, blocks * page_size)
 
 
 class Replayed:
@@ -157,6 +180,17 @@ def test_what_is_replayed_was_captured_when_the_engine_started(monkeypatch, in_a
         assert sorted(captured) == sizes
         assert set(calls) == ({"mixed"} if longest == 1024 else {"mixed", "prompts"})
         at_rest(engine)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "page_size", "tokens"), [("llama", 64, 24), ("opt", 32, 72), ("gpt2", 64, 72)]
+)
+def test_warming_up_goes_past_no_end(calls, captured, caplog, architecture, page_size, tokens):
+    """Of a table, of learned positions: what it raises, transformers only logs."""
+    model = model_with_flash(architecture=architecture)
+    with Engine(model, config(page_size=page_size, max_batch_tokens=tokens)):
+        assert "Failed to warm up" not in caplog.text
+        assert len(captured) > 4
 
 
 def test_only_so_many_are_kept(monkeypatch, in_all_ways, calls, captured):
