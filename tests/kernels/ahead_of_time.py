@@ -153,10 +153,10 @@ def paged_attend(case, tiles):
 
 
 def sampling_sample(case, tiles):
-    """Vocabularies that fill the last chunk and that do not, with rows that are cut and without."""
+    """Vocabularies of one chunk and of several, that fill the last one and do not, with rows that are cut or not."""
     if case not in FEW[:2]:
         return
-    for size, cuts in ((32000, True), (128256, True), (50257, False)):
+    for size, cuts in ((101, True), (32000, True), (128256, True), (50257, False)):
         rows = [tensor(8, dtype=dtype) for dtype in (FP32, torch.int32, FP32, FP32, FP32)]
         sampling.sample(tensor(8, size, dtype=FP32), *rows, cuts=cuts)
 
