@@ -10,9 +10,8 @@ Two numbers, a row of V tokens (in brackets: 64 rows of 128,256):
     bytes       8·V, read twice from memory or the second-level cache     [66 MB]
     operations  about 100·V                                                [0.8 GFLOP]
 
-A sort would read and write each token's logit and id about eight times. The first two kernels share a row out among
-programs. The last is a program a row, which looks only at those parts of it whose largest logit may matter: that is how
-few tokens are likely.
+The first two kernels share a row out among programs. The last is a program a row, which leaves out all parts of it
+whose largest logit is too small to matter: where few tokens are likely, most of them.
 """
 
 from __future__ import annotations
