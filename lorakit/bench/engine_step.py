@@ -1,9 +1,9 @@
 """engine-step: a decode step of the engine on a GPU, with no adapters, one and as many as rows, beside transformers'.
 
-Llama-2-7B's shape, random bfloat16 weights, rank 16 on all linear layers, prompts of 128 tokens. A step's time is the
-difference of a long run's and a short run's, over the tokens between: prefill, start-up and the first steps cancel.
-engine-step-8b and engine-step-13b are the same on the shapes of Llama-3-8B, whose heads share keys and values, and of
-Llama-2-13B.
+Llama-2-7B's shape, random bfloat16 weights, rank 16 on all linear layers, prompts of 128 tokens, greedy; as many
+adapters as rows also with top-p. A step's time is the difference of a long run's and a short run's, over the tokens
+between: prefill, start-up and the first steps cancel. engine-step-8b and engine-step-13b are the same on the shapes of
+Llama-3-8B, whose heads share keys and values, and of Llama-2-13B.
 
 Two numbers, a step of 32 rows: 13.2 GB of weights, 4.5 GB of keys and values at 270 tokens, and 2.6 GB of 32 adapters;
 at 3.0 TB/s 5.9 ms without adapters and 6.8 with.
@@ -31,6 +31,9 @@ from lorakit.engine.engine import Engine
 from lorakit.runtime.model import MultiLoraModel
 
 Variant = Literal["plain", "compiled", "liger"]
+
+_SAMPLED = "distinct adapters, top-p 0.9"
+"""All else is greedy. Logits of random weights are flat, so that most of the vocabulary has to be summed up."""
 
 
 class Steps(NamedTuple):
@@ -116,13 +119,14 @@ def _systems(
     names = bank.names[:batch]
     mixes: dict[str, Sequence[str | None]] = {"no adapters": [None] * batch, "one adapter": names[:1] * batch}
     if batch > 1:
-        mixes["distinct adapters"] = names
+        mixes |= {"distinct adapters": names, _SAMPLED: names}
     asked = prompts(batch, steps.prompt, llama.vocabulary)
     model = MultiLoraModel(base, bank)
     cache = llama.cache_bytes(batch, steps.prompt + steps.long)
     with Engine(model, engine_config(batch, cache, base.device, level=level)) as engine:
         for name, mix in mixes.items():
-            yield f"lorakit, {name}", times_of(partial(serve_rows, engine, asked, mix), steps)
+            sampling: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9} if name == _SAMPLED else {}
+            yield f"lorakit, {name}", times_of(partial(serve_rows, engine, asked, mix, **sampling), steps)
     del model, engine
     _free()
 

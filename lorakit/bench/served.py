@@ -167,7 +167,7 @@ def _timed(serve: Serve, tokens: int) -> float:
 
 
 def serve_rows(
-    engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str | None], tokens: int
+    engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str | None], tokens: int, **sampling: Any
 ) -> list[Completion]:
     """Generates so many tokens in every row."""
-    return engine.generate(prompts, names, max_new_tokens=tokens, ignore_eos=True, progress=False)
+    return engine.generate(prompts, names, max_new_tokens=tokens, ignore_eos=True, progress=False, **sampling)

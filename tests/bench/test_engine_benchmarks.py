@@ -36,7 +36,7 @@ def test_steps(tmp_path):
         f"{what}, batch {batch}, plain"
         for batch in (1, 2)
         for what in ("transformers, no adapters", "lorakit, no adapters", "lorakit, one adapter",
-                     "lorakit, distinct adapters")[: 3 if batch == 1 else 4]
+                     "lorakit, distinct adapters", "lorakit, distinct adapters, top-p 0.9")[: 3 if batch == 1 else 5]
     ]  # fmt: skip
     assert all(found["step_ms"]["runs"] == 2 for found in results.values())
     engine_step.plot(results, tmp_path / "plot.png")
