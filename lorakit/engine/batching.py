@@ -362,6 +362,7 @@ class Rows:
             # The position was advanced already: the new token's place after the prompt.
             settings = [state.job.settings(state.position_offset - state.prompt_length) for state in rows]
             arg_storage[: sampling.ROWS, : len(rows)] = sampling.rows_of(settings)
+            arg_storage[0, len(rows) :] = 0  # rows that pad are greedy, whatever was there
 
 
 class _LikelyOf:

@@ -306,7 +306,8 @@ def sample(
     if not rows:
         return tokens
     chunks = triton.cdiv(size, _CHUNK)
-    tops, places = torch.empty((2, rows, chunks), dtype=torch.int32, device=logits.device)
+    # Each of its own, so that addresses are aligned alike for any number of rows: else kernels are compiled twice.
+    tops, places = (torch.empty((rows, chunks), dtype=torch.int32, device=logits.device) for _ in range(2))
     sums = tops.new_empty((rows, chunks), dtype=torch.int64)
     bins = (rows, _FIRST.value) if cuts else (0,)
     masses, counts = tops.new_zeros((2, *bins), dtype=torch.int64)
