@@ -81,7 +81,7 @@ _MOST_BLOCKS = 1024
 """Of a row, for all of which the batch's table of blocks has room, and goes to the device before each step."""
 
 _MOST_REPLAYED = 1024
-"""Tokens of a batch with prompts that is replayed. With more, a GPU is busy with a base of 7B as long as Python is."""
+"""Tokens of a batch with prompts that is replayed. More keep the GPU busy while Python launches them."""
 
 _MOST_GRAPHS = 256
 """Enough for all sizes of batches, for both pairs of tensors, the base and four modes of adapters."""

@@ -1,6 +1,6 @@
 """Forwards that were captured as CUDA graphs.
 
-Each is of one size of a batch, and takes some megabytes of the device that nobody counted, so there are only so many:
+Each is of one size of a batch, and takes memory of the device that nobody counted, so there are only so many:
 the one that was replayed the longest ago goes when another comes.
 """
 
