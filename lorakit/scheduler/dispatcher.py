@@ -663,19 +663,23 @@ class Dispatcher:
 
     # ---- what is looked at regularly
 
+    @property
+    def _between(self) -> float:
+        """Seconds between two looks."""
+        return min(self.policy.look_every, _LOOK)
+
     async def _look(self) -> None:
         while True:
-            await asyncio.sleep(min(self.policy.look_every, _LOOK))
+            await asyncio.sleep(self._between)
             try:
                 self._look_once(time.monotonic())
             except Exception:  # noqa: BLE001 - one look may fail, and the next must come
                 _log.exception("the cluster could not be looked at")
 
     def _look_once(self, now: float) -> None:
-        late, self._looked = now - self._looked > self._config.silence / 2, now
-        for replica in self.replicas if late else ():
-            replica.heard = replica.moved = now  # this process was not there, and has heard nobody
+        away, self._looked = max(0.0, now - self._looked - self._between), now
         for replica in self.replicas:
+            replica.excuse(away, now)  # only seconds count in which this process would have heard it
             if now - replica.heard > self._config.silence:
                 self._lose(replica, f"no news for {self._config.silence:.0f} s")
             elif replica.flights and now - replica.moved > self._config.stuck:

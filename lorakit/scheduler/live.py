@@ -118,6 +118,11 @@ class LiveReplica:
             self.moved = self.heard
         self._steps, self.told = news.steps, news.free_blocks
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """Nobody was there to hear it for so long: neither its silence nor its standing still counts."""
+        self.heard = min(now, self.heard + seconds)
+        self.moved = min(now, self.moved + seconds)
+
     def _all(self) -> Iterator[Flight]:
         yield from self.flights.values()
         yield from self.expected

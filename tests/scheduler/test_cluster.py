@@ -176,6 +176,31 @@ def test_a_replica_that_hangs_is_given_up(started, model):
     at_rest(cluster, links)
 
 
+def test_a_replica_that_hangs_is_given_up_by_a_server_that_is_often_held_up(started, model):
+    asked = long(6)
+    expected = [alone(model, one) for one in asked]
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None, look_every=0.1), silence=1.0)
+    wait_until(lambda: cluster.stats().replicas == 2)
+    held_up = threading.Event()
+
+    def hold_up():
+        if not held_up.is_set():
+            time.sleep(0.6)  # longer than half of the silence, between any two looks
+            cluster._dispatcher._loop.call(cluster._dispatcher._loop.later, 0.05, hold_up)
+
+    handles = submitted(cluster, asked)
+    next(iter(handles[0]))
+    hanging = links.links[cluster._dispatcher._presence.replicas[handles[0].parts[0].replica].name]
+    hanging.hangs = True
+    cluster._dispatcher._loop.call(hold_up)
+    try:
+        assert [handle.result(40).token_ids for handle in handles] == expected
+    finally:
+        held_up.set()
+    assert hanging.killed
+    at_rest(cluster, links)
+
+
 def test_what_kills_every_replica_fails_by_its_cause(started):
     cluster, links = started(Policy(least=1, most=1, consolidate_every=None), tries=2)
     handle = cluster.submit([11, 12, 13], max_new_tokens=40, ignore_eos=True)
@@ -708,9 +733,10 @@ def test_whatever_happens_every_request_is_answered(started, model, seed):
         tries=5,
     )
     handles, cancelled, stop = [], set(), threading.Event()
+    calm = time.monotonic() + 8  # on a slow machine, replicas would die faster than they start, for ever
 
     def trouble():
-        while not stop.wait(0.15 + 0.2 * rng.random()):
+        while not stop.wait(0.15 + 0.2 * rng.random()) and time.monotonic() < calm:
             if not links.serving:
                 continue
             what = rng.random()
