@@ -91,13 +91,24 @@ def test_of_equals_at_the_edge(drawn):
     assert set(found.tolist()) == {5, 70, 150} and found[0] == 150, "the least likely first"
 
 
-@pytest.mark.parametrize("top_p", [1.0, 1 - 1e-9])
-def test_tokens_far_less_likely_than_the_precision_of_fp32_sums_have_their_place(drawn, top_p):
+def test_tokens_far_less_likely_than_the_precision_of_fp32_sums_have_their_place(drawn):
     share = 5e-9
     logits = torch.tensor([[math.log(1 - 2 * share), math.log(share), math.log(share)]])
     positions = ((0.5 * share, 2), (0.99 * share, 2), (1.01 * share, 1), (1.99 * share, 1), (2.1 * share, 0))
-    found = drawn(logits.expand(5, -1), [Settings(1.0, 0, top_p, 1 - position) for position, _ in positions])
+    found = drawn(logits.expand(5, -1), [Settings(1.0, 0, 1.0, 1 - position) for position, _ in positions])
     assert found.tolist() == [token for _, token in positions]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [(2, 1.0, [2, 2, 1, 1, 0]), (0, 1 - 2**-24, [1, 1, 0, 0, 0])],  # the largest fp32 below 1
+)
+def test_so_they_have_where_rows_are_cut(drawn, top_k, top_p, expected):
+    share = 5e-8
+    logits = torch.tensor([[math.log(1 - 2 * share), math.log(share), math.log(share)]])
+    places = [times * share for times in (0.5, 0.9, 1.1, 1.9, 2.1)]  # the least likely first
+    found = drawn(logits.expand(5, -1), [Settings(1.0, top_k, top_p, place) for place in places])
+    assert found.tolist() == expected
 
 
 def test_a_row_is_drawn_the_same_whatever_is_beside_it(drawn):
@@ -155,9 +166,31 @@ def test_vocabularies_of_models(size):
     rows, logits = rows_of(settings).cuda(), logits.cuda()
     given = logits, rows[0].view(torch.float32), rows[1], *(rows[i].view(torch.float32) for i in (2, 3, 4))
     assert sampling.sample(*given).cpu()[is_clear].equal(expected[is_clear])
+    # Other rows, which do not lie next to each other.
+    within = torch.cat([given[0], given[0]], dim=1)[1:14, :size]
+    found = sampling.sample(within, *(one[1:14].contiguous() for one in given[1:])).cpu()
+    assert found[is_clear[1:14]].equal(expected[1:14][is_clear[1:14]])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = sampling.sample(*given)
     for _ in range(3):
         graph.replay()
         assert found.cpu()[is_clear].equal(expected[is_clear])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [math.nan, INF, -INF])
+def test_broken_rows_of_a_model_disturb_no_other(value):
+    size = 50_257
+    settings = [Settings(0.8, *cut, draw("s", i)) for i, cut in enumerate(CUTS)] * 3
+    logits = 3 * torch.randn(len(settings), size)
+    logits[0], logits[9:18, 1000:5000] = value, value
+    expected, is_clear = clear(logits, settings)
+    is_clear[[0, *range(9, 18)]] = False
+    assert is_clear.float().mean() > 0.4
+    rows = rows_of(settings).cuda()
+    found = sampling.sample(
+        logits.cuda(), rows[0].view(torch.float32), rows[1], *(rows[i].view(torch.float32) for i in (2, 3, 4))
+    ).cpu()
+    assert found[is_clear].equal(expected[is_clear])
+    assert ((found >= 0) & (found < size)).all()
