@@ -171,7 +171,7 @@ KERNELS = {
     "dense.products": (dense, "products_kernel", dense_products),
     "paged.attend": (paged, "attend_kernel", paged_attend),
     "whole.embedding": (whole, "embedding_kernel", whole_embedding),
-    "sampling.sample": (sampling, "tops_kernel weights_kernel choose_kernel", sampling_sample),
+    "sampling.sample": (sampling, "tops_kernel floors_kernel weights_kernel choose_kernel", sampling_sample),
 }
 """Each with its module, the kernels that are launched, and what launches them."""
 
