@@ -663,29 +663,25 @@ class Dispatcher:
 
     # ---- what is looked at regularly
 
-    @property
-    def _between(self) -> float:
-        """Seconds between two looks."""
-        return min(self.policy.look_every, _LOOK)
-
     async def _look(self) -> None:
         while True:
-            await asyncio.sleep(self._between)
+            await asyncio.sleep(min(self.policy.look_every, _LOOK))
             try:
                 self._look_once(time.monotonic())
             except Exception:  # noqa: BLE001 - one look may fail, and the next must come
                 _log.exception("the cluster could not be looked at")
 
     def _look_once(self, now: float) -> None:
-        away, self._looked = max(0.0, now - self._looked - self._between), now
+        # The rest of a longer time, this process was held up and heard nobody.
+        seconds, self._looked = min(now - self._looked, _LOOK), now
         for replica in self.replicas:
-            replica.excuse(away, now)  # only seconds count in which this process would have heard it
-            if now - replica.heard > self._config.silence:
+            if replica.silent > self._config.silence:
                 self._lose(replica, f"no news for {self._config.silence:.0f} s")
-            elif replica.flights and now - replica.moved > self._config.stuck:
+            elif replica.flights and replica.still > self._config.stuck:
                 self._lose(replica, f"no forward for {self._config.stuck:.0f} s")
             elif replica.draining:
                 self._drain(replica)
+            replica.wait(seconds)  # judged at the next look: what it has said by now may be heard before
         every = self.policy.consolidate_every
         if every is not None and now - self._consolidated >= every and not len(self._queue):
             self._consolidated = now

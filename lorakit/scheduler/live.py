@@ -25,8 +25,8 @@ class LiveReplica:
         knows: names of adapters that it was told.
         told: free blocks of its cache, as it said last.
         resident_keys: of adapters in its device memory.
-        heard: when it said something last, by `time.monotonic`.
-        moved: when it did a forward last, or had nothing to do.
+        silent: seconds since it said something, as far as this process listened.
+        still: the same since it did a forward, or had nothing to do.
         empty_since: since when it has had no sequence.
         draining: whether it is given nothing any more.
         stats: its engine's, as it told last.
@@ -43,7 +43,8 @@ class LiveReplica:
         self.knows: set[str] = set()
         self.told = hello.limits.blocks
         self.resident_keys: frozenset[str] = frozenset()
-        self.heard = self.moved = self.empty_since = time.monotonic()
+        self.silent = self.still = 0.0
+        self.empty_since = time.monotonic()
         self.draining = False
         self.stats: EngineStats = hello.stats
         self._expected: dict[int, tuple[Flight, int]] = {}
@@ -113,15 +114,15 @@ class LiveReplica:
 
     def hear(self, news: News) -> None:
         """It said something."""
-        self.heard = time.monotonic()
+        self.silent = 0.0
         if news.steps != self._steps or not self.flights:
-            self.moved = self.heard
+            self.still = 0.0
         self._steps, self.told = news.steps, news.free_blocks
 
-    def excuse(self, seconds: float, now: float) -> None:
-        """Nobody was there to hear it for so long: neither its silence nor its standing still counts."""
-        self.heard = min(now, self.heard + seconds)
-        self.moved = min(now, self.moved + seconds)
+    def wait(self, seconds: float) -> None:
+        """It was listened to for so long."""
+        self.silent += seconds
+        self.still += seconds
 
     def _all(self) -> Iterator[Flight]:
         yield from self.flights.values()

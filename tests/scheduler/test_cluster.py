@@ -179,13 +179,13 @@ def test_a_replica_that_hangs_is_given_up(started, model):
 def test_a_replica_that_hangs_is_given_up_by_a_server_that_is_often_held_up(started, model):
     asked = long(6)
     expected = [alone(model, one) for one in asked]
-    cluster, links = started(Policy(least=2, most=2, consolidate_every=None, look_every=0.1), silence=1.0)
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None, look_every=0.1), silence=2.0)
     wait_until(lambda: cluster.stats().replicas == 2)
     held_up = threading.Event()
 
     def hold_up():
         if not held_up.is_set():
-            time.sleep(0.6)  # longer than half of the silence, between any two looks
+            time.sleep(1.2)  # longer than half of the silence, between any two looks
             cluster._dispatcher._loop.call(cluster._dispatcher._loop.later, 0.05, hold_up)
 
     handles = submitted(cluster, asked)
@@ -399,14 +399,14 @@ def test_replicas_that_cannot_begin_are_not_waited_for(started):
 def test_a_server_that_was_away_does_not_give_up_its_replicas(started, model):
     asked = long(6)
     expected = [alone(model, one) for one in asked]
-    cluster, links = started(Policy(least=2, most=2, consolidate_every=None), silence=1.0)
+    cluster, links = started(Policy(least=2, most=2, consolidate_every=None), silence=2.0)
     wait_until(lambda: cluster.stats().replicas == 2)
     slowly(links)
     handles = submitted(cluster, asked)
     wait_until(lambda: all(handle.generated for handle in handles))
 
     def away():
-        time.sleep(1.5)
+        time.sleep(3)
         cluster._dispatcher._look_once(time.monotonic())  # before it hears what was told meanwhile
 
     before = list(links.serving)
