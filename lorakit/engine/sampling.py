@@ -60,8 +60,9 @@ def rows_of(settings: list[Settings]) -> torch.Tensor:
     columns = list(zip(*settings, strict=True)) or [()] * len(Settings._fields)
     dtypes = (torch.float32, torch.int32, torch.float32, torch.float64)
     *tensors, draws = (torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
-    # -inf by inf would be NaN.
-    tensors[0].clamp_(max=torch.finfo(torch.float32).max)
+    # Less than that is 0 to some devices, and -inf by inf would be NaN.
+    limits = torch.finfo(torch.float32)
+    tensors[0] = torch.where(tensors[0] > 0, tensors[0].clamp(limits.tiny, limits.max), 0.0)
     # In two parts, as one float32 is too coarse for tokens that are not likely.
     tensors += [draws.float(), (draws - draws.float()).float()]
     return torch.stack([tensor.view(torch.int32) for tensor in tensors])

@@ -182,6 +182,12 @@ def test_rows_without_cuts_are_drawn_the_same_beside_rows_with_them():
     assert len(alone.unique()) > 5
 
 
+def test_every_device_can_tell_temperatures_from_0_and_from_infinity():
+    limits = torch.finfo(torch.float32)
+    temperatures = rows_of([Settings(one, 0, 1.0, 0.0) for one in (0.0, 1e-50, 1e-40, 1.0, 1e308)])[0]
+    assert temperatures.view(torch.float32).tolist() == [0.0, 0.0, limits.tiny, 1.0, limits.max]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-50, 1e-40, 1e-6, 1.0, 1e6, 1e38, 1e308])
 def test_one_token_alone_is_drawn_at_any_temperature(temperature):
     logits = torch.full((1, 100), -INF)

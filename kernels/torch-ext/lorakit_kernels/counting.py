@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rarity import LAST, left_of, rarity_of, scaled_by, share_of, weight_at, weight_of
+from .rarity import left_of, rarity_of, scaled_by, share_of, weight_at, weight_of
 
 FIRST = tl.constexpr(2048)
 """Bins of the first 11 bits."""
@@ -26,9 +26,10 @@ def find_bin(amounts, before, goal, BINS: tl.constexpr):
 
 
 @triton.jit
-def least_in(likeliest, tile, CHUNKS: tl.constexpr, TOGETHER: tl.constexpr):
-    """The rarity of a tile's most likely token, of those of its chunks."""
-    return tl.min(tl.where(tl.arange(0, CHUNKS) // TOGETHER == tile, likeliest, LAST), axis=0)
+def next_tile(likeliest, tile, rarest, CHUNKS: tl.constexpr, TOGETHER: tl.constexpr):
+    """The first tile behind one that has a token no rarer than that, as its chunks' most likely ones tell."""
+    of_chunk = tl.arange(0, CHUNKS) // TOGETHER
+    return tl.min(tl.where((of_chunk > tile) & (likeliest <= rarest), of_chunk, CHUNKS), axis=0)
 
 
 @triton.jit
@@ -45,17 +46,20 @@ def _amounts(
     SHIFT: tl.constexpr, WEIGHS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """By the next 10 bits, how many tokens there are whose bits before are `first`, or what they weigh."""
+    tiles = tl.cdiv(size, TOGETHER * CHUNK)
+    rarest = ((first + 1) << (SHIFT + 10)) - 1
     place = tl.arange(0, NEXT)
     tl.debug_barrier()  # What was there was read by all.
     tl.store(scratch + place, tl.zeros([NEXT], tl.int64))
     tl.debug_barrier()
-    for tile in tl.range(tl.cdiv(size, TOGETHER * CHUNK)):
-        if (least_in(likeliest, tile, CHUNKS, TOGETHER) >> (SHIFT + 10)) <= first:
-            _, real, scaled = read_tile(logits, tile, size, top, temperature, TOGETHER * CHUNK)
-            rarity = rarity_of(scaled)
-            amount = weight_of(scaled, unit) if WEIGHS else tl.full([TOGETHER * CHUNK], 1, tl.int64)
-            real = real & ((rarity >> (SHIFT + 10)) == first)
-            tl.atomic_add(scratch + ((rarity >> SHIFT) & (NEXT - 1)), amount, mask=real, sem="relaxed")
+    tile = next_tile(likeliest, -1, rarest, CHUNKS, TOGETHER)
+    while tile < tiles:
+        _, real, scaled = read_tile(logits, tile, size, top, temperature, TOGETHER * CHUNK)
+        rarity = rarity_of(scaled)
+        amount = weight_of(scaled, unit) if WEIGHS else tl.full([TOGETHER * CHUNK], 1, tl.int64)
+        real = real & ((rarity >> (SHIFT + 10)) == first)
+        tl.atomic_add(scratch + ((rarity >> SHIFT) & (NEXT - 1)), amount, mask=real, sem="relaxed")
+        tile = next_tile(likeliest, tile, rarest, CHUNKS, TOGETHER)
     tl.debug_barrier()
     # Past the first-level cache, which may hold what was there before.
     return tl.load(scratch + place, cache_modifier=".cg")
@@ -85,10 +89,12 @@ def mass_to(
 ):  # fmt: skip
     """What all tokens weigh that are no rarer."""
     mass = tl.full([], 0, tl.int64)
-    for tile in tl.range(tl.cdiv(size, TOGETHER * CHUNK)):
-        if least_in(likeliest, tile, CHUNKS, TOGETHER) <= rarest:
-            _, real, scaled = read_tile(logits, tile, size, top, temperature, TOGETHER * CHUNK)
-            mass += tl.sum(tl.where(real & (rarity_of(scaled) <= rarest), weight_of(scaled, unit), 0), axis=0)
+    tiles = tl.cdiv(size, TOGETHER * CHUNK)
+    tile = next_tile(likeliest, -1, rarest, CHUNKS, TOGETHER)
+    while tile < tiles:
+        _, real, scaled = read_tile(logits, tile, size, top, temperature, TOGETHER * CHUNK)
+        mass += tl.sum(tl.where(real & (rarity_of(scaled) <= rarest), weight_of(scaled, unit), 0), axis=0)
+        tile = next_tile(likeliest, tile, rarest, CHUNKS, TOGETHER)
     return mass
 
 
@@ -100,13 +106,15 @@ def nth_of(
     """The n-th token of a rarity, counted from 0."""
     found = tl.full([], 0, tl.int32) + size
     seen = tl.full([], 0, tl.int64)
-    for tile in tl.range(tl.cdiv(size, TOGETHER * CHUNK)):
-        if (seen <= n) & (least_in(likeliest, tile, CHUNKS, TOGETHER) <= rarity):
-            token, real, scaled = read_tile(logits, tile, size, top, temperature, TOGETHER * CHUNK)
-            alike = real & (rarity_of(scaled) == rarity)
-            rank = seen + tl.cumsum(alike.to(tl.int64), axis=0)
-            found = tl.minimum(found, tl.min(tl.where(alike & (rank == n + 1), token, size), axis=0))
-            seen += tl.sum(alike.to(tl.int64), axis=0)
+    tiles = tl.cdiv(size, TOGETHER * CHUNK)
+    tile = next_tile(likeliest, -1, rarity, CHUNKS, TOGETHER)
+    while (tile < tiles) & (seen <= n):
+        token, real, scaled = read_tile(logits, tile, size, top, temperature, TOGETHER * CHUNK)
+        alike = real & (rarity_of(scaled) == rarity)
+        rank = seen + tl.cumsum(alike.to(tl.int64), axis=0)
+        found = tl.minimum(found, tl.min(tl.where(alike & (rank == n + 1), token, size), axis=0))
+        seen += tl.sum(alike.to(tl.int64), axis=0)
+        tile = next_tile(likeliest, tile, rarity, CHUNKS, TOGETHER)
     return found
 
 

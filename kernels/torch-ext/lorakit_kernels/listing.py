@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .counting import least_in, read_tile
+from .counting import next_tile, read_tile
 from .rarity import left_of, rarity_of, share_of, weight_at
 
 _BITS, _IDS = tl.constexpr(24), tl.constexpr((1 << 24) - 1)
@@ -18,24 +18,26 @@ _NONE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 @triton.jit
 def listed(
-    logits, likeliest, limit, size, top, temperature, scratch,
+    logits, likeliest, rarest, size, top, temperature, scratch,
     LISTED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Lists the tokens whose rarity's first 11 bits are no more than `limit`, as long as the list has room.
+    """Lists the tokens that are no rarer, as long as the list has room.
 
     Returns:
-        How many there are.
+        How many there are; more than `LISTED`, if there is no room for all.
     """
     count = tl.full([], 0, tl.int32)
-    for tile in tl.range(tl.cdiv(size, TOGETHER * CHUNK)):
-        if (count <= LISTED) & ((least_in(likeliest, tile, CHUNKS, TOGETHER) >> 20) <= limit):
-            token, real, scaled = read_tile(logits, tile, size, top, temperature, TOGETHER * CHUNK)
-            rarity = rarity_of(scaled)
-            taken = real & ((rarity >> 20) <= limit)
-            place = count + tl.cumsum(taken.to(tl.int32), axis=0) - 1
-            entry = (rarity.to(tl.int64) << _BITS) | token
-            tl.store(scratch + place, entry, mask=taken & (place < LISTED))
-            count += tl.sum(taken.to(tl.int32), axis=0)
+    tiles = tl.cdiv(size, TOGETHER * CHUNK)
+    tile = next_tile(likeliest, -1, rarest, CHUNKS, TOGETHER)
+    while (tile < tiles) & (count <= LISTED):
+        token, real, scaled = read_tile(logits, tile, size, top, temperature, TOGETHER * CHUNK)
+        rarity = rarity_of(scaled)
+        taken = real & (rarity <= rarest)
+        place = count + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        entry = (rarity.to(tl.int64) << _BITS) | token
+        tl.store(scratch + place, entry, mask=taken & (place < LISTED))
+        count += tl.sum(taken.to(tl.int32), axis=0)
+        tile = next_tile(likeliest, tile, rarest, CHUNKS, TOGETHER)
     tl.debug_barrier()
     return count
 
@@ -49,7 +51,7 @@ def drawn_of(scratch, count, mass, top_k, top_p, draw, size, unit, LISTED: tl.co
     rarity = (entries >> _BITS).to(tl.int32)
     weight = tl.where(place < count, weight_at(rarity, unit), 0)
     if (top_k > 0) & (top_k < size):
-        rarest = tl.sum(tl.where(place == top_k - 1, rarity, 0), axis=0)
+        rarest = tl.sum(tl.where(place == tl.minimum(top_k, count) - 1, rarity, 0), axis=0)
         mass = tl.sum(tl.where(rarity <= rarest, weight, 0), axis=0)
     sums = tl.cumsum(weight, axis=0)
     if top_p < 1:

@@ -10,8 +10,9 @@ Two numbers, a row of V tokens (in brackets: 64 rows of 128,256):
     bytes       8·V, read twice from memory or the second-level cache     [66 MB]
     operations  about 100·V                                                [0.8 GFLOP]
 
-Rows are shared out among programs where all of them is read. The last kernel is a program a row, which leaves out all
-parts of it whose largest logit is too small to matter: where few tokens are likely, most of them.
+Rows are shared out among programs where all of them is read. The last kernel is a program a row, which reads the parts
+of it again whose largest logit may matter: where few tokens are likely, few of them, once; where many are, all of them,
+up to nine times.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from .listing import drawn_of, listed
 from .rarity import LAST, key_of, logit_of, rarity_of, scaled_by, share_of, weight_of
 
 _CHUNK = 2048  # Tokens of a program that reads a part of a row; 16 or more.
-_TOGETHER = 1  # Chunks that a program reads at a time which has a row to itself.
+_TOGETHER = 2  # Chunks that a program reads at a time which has a row to itself.
 _LISTED = 1024  # Tokens that are sorted at most.
 _WARPS = 16  # Of a program that has a row to itself.
 _PARTS = tl.constexpr(16)  # Of a chunk, the largest logit of each of which is noted, too.
+_SETTINGS = ["temperatures", "top_ks", "top_ps", "draws", "rests"]  # Of rows: their addresses are aligned in any way.
 
 
 @triton.jit
@@ -64,9 +66,9 @@ def tops_kernel(
         tl.store(parts + at * _PARTS + part, tops_of_parts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def floors_kernel(
-    tops, parts, temperatures, top_ks, top_ps, floors, size, chunks,
+    tops, parts, temperatures, top_ks, top_ps, floors, size, chunks, unit,
     CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program row: which tokens cannot stay, and need not be counted, by top-k and by both."""
@@ -79,25 +81,26 @@ def floors_kernel(
         return
     top_k, top_p = tl.load(top_ks + row), tl.load(top_ps + row)
     top = logit_of(_row_top(tops, row, chunks, CHUNKS))
-    rarest = tl.full([], 0, tl.int32) + LAST
+    rarest = rarity_of(-tl.log(unit) - 0.01)  # What weighs nothing is never drawn.
     if (top_k > 0) & (top_k <= chunks * _PARTS):
         # Those below the k-th of the parts' largest, which is found bit by bit.
         part = tl.arange(0, CHUNKS * _PARTS)
         real = part < chunks * _PARTS
         key = tl.load(parts + row * chunks * _PARTS + part, mask=real, other=-LAST - 1)
         rarity = tl.where(real, rarity_of(scaled_by(logit_of(key), top, temperature)), LAST)
-        rarest = tl.full([], 0, tl.int32)
+        kth = tl.full([], 0, tl.int32)
         for place in tl.range(31):
             bit = tl.full([], 1, tl.int32) << (30 - place)
-            few = tl.sum((rarity < (rarest | bit)).to(tl.int32), axis=0) < top_k
-            rarest = tl.where(few, rarest | bit, rarest)
+            few = tl.sum((rarity < (kth | bit)).to(tl.int32), axis=0) < top_k
+            kth = tl.where(few, kth | bit, kth)
+        rarest = tl.minimum(rarest, kth)
     tl.store(floors + 2 * row, rarest)
     # Those that are so unlikely that all of them would not make up the rest.
     spared = rarity_of(tl.log(tl.maximum(1 - top_p, 1e-9) / size) - 0.01)
-    tl.store(floors + 2 * row + 1, tl.minimum(rarest, tl.where(top_p < 1, spared, LAST)))
+    tl.store(floors + 2 * row + 1, tl.where(top_p < 1, tl.minimum(rarest, spared), rarest))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def weights_kernel(
     logits, tops, temperatures, top_ks, top_ps, floors, sums, masses, counts, size, row_stride, unit,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CUTS: tl.constexpr, PDL: tl.constexpr,
@@ -108,12 +111,13 @@ def weights_kernel(
         tl.extra.cuda.gdc_wait()
     row, chunk, chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     temperature = tl.load(temperatures + row)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    real = token < size
+    logit = tl.load(logits + row * row_stride + token, mask=real, other=0.0)  # Asked for before anything is waited for.
     if temperature == 0:
         return
     top = logit_of(_row_top(tops, row, chunks, CHUNKS))
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    real = token < size
-    scaled = scaled_by(tl.load(logits + row * row_stride + token, mask=real, other=0.0), top, temperature)
+    scaled = scaled_by(logit, top, temperature)
     weight = tl.where(real, weight_of(scaled, unit), 0)
     tl.store(sums + row * chunks + chunk, tl.sum(weight, axis=0))
     if CUTS:
@@ -123,15 +127,15 @@ def weights_kernel(
             rarity = rarity_of(scaled)
             at = row * FIRST + (rarity >> 20)
             stays = real & (rarity <= tl.load(floors + 2 * row + 1))
-            tl.atomic_add(masses + at, weight, mask=stays & (weight > 0), sem="relaxed")
+            tl.atomic_add(masses + at, weight, mask=stays, sem="relaxed")
             if is_top_k:
                 stays = real & (rarity <= tl.load(floors + 2 * row))
                 tl.atomic_add(counts + at, tl.full([CHUNK], 1, tl.int64), mask=stays, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def choose_kernel(
-    logits, tops, places, temperatures, top_ks, top_ps, draws, rests, sums, masses, counts, scratch, tokens,
+    logits, tops, places, temperatures, top_ks, top_ps, draws, rests, floors, sums, masses, counts, scratch, tokens,
     size, chunks, row_stride, unit,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TOGETHER: tl.constexpr, LISTED: tl.constexpr,
     SCRATCH: tl.constexpr, CUTS: tl.constexpr, PDL: tl.constexpr,
@@ -169,7 +173,9 @@ def choose_kernel(
             amounts = tl.load((counts if is_top_k else masses) + tl.arange(0, FIRST))
             goal = top_k.to(tl.int64) if is_top_k else share_of(mass, top_p)
             limit, _ = find_bin(amounts, tl.full([], 0, tl.int64), goal, FIRST)
-            count = listed(logits, likeliest, limit, size, top, temperature, scratch, LISTED, CHUNK, CHUNKS, TOGETHER)
+            floor = tl.load(floors + 2 * row + (0 if is_top_k else 1))
+            rarest = tl.minimum(floor, (limit << 20) | 0xFFFFF)
+            count = listed(logits, likeliest, rarest, size, top, temperature, scratch, LISTED, CHUNK, CHUNKS, TOGETHER)
             if count <= LISTED:
                 token = drawn_of(scratch, count, mass, top_k, top_p, draw, size, unit, LISTED)
             else:
@@ -202,7 +208,7 @@ def sample(
     it, of equals those with the smaller ids. A row with NaN or +inf, or nothing but -inf, gets some token.
 
     Args:
-        logits: (n, V) fp32, rows of which are contiguous; V up to 2^24.
+        logits: (n, V) fp32, rows of which are contiguous; V up to 2^20.
         temperatures: (n,) fp32, not below 0; 0: the most likely token, the first of several.
         top_ks: (n,) int32; 0: all.
         top_ps: (n,) fp32; 1: all.
@@ -214,7 +220,7 @@ def sample(
         (n,) int64.
     """
     rows, size = logits.shape
-    assert logits.dtype == torch.float32 and logits.stride(1) == 1 and 0 < size <= 1 << 24
+    assert logits.dtype == torch.float32 and logits.stride(1) == 1 and 0 < size <= 1 << 20
     assert all(one.is_contiguous() for one in (temperatures, top_ks, top_ps, draws, rests))
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
@@ -237,8 +243,8 @@ def sample(
     )  # fmt: skip
     if cuts:
         launch(
-            floors_kernel, (rows,), tops, parts, temperatures, top_ks, top_ps, floors, size, chunks,
-            CHUNKS=spread["CHUNKS"], device=device,
+            floors_kernel, (rows,), tops, parts, temperatures, top_ks, top_ps, floors, size, chunks, unit,
+            CHUNKS=spread["CHUNKS"], num_warps=8, device=device,
         )  # fmt: skip
     launch(
         weights_kernel, (rows, chunks),
@@ -247,7 +253,7 @@ def sample(
     )  # fmt: skip
     launch(
         choose_kernel, (rows,),
-        logits, tops, places, temperatures, top_ks, top_ps, draws, rests, sums, masses, counts, scratch, tokens,
+        logits, tops, places, temperatures, top_ks, top_ps, draws, rests, floors, sums, masses, counts, scratch, tokens,
         size, chunks, stride, unit, TOGETHER=_TOGETHER, LISTED=_LISTED, SCRATCH=scratch.shape[1], num_warps=_WARPS,
         device=device, **spread,
     )  # fmt: skip
