@@ -70,7 +70,7 @@ def model(bank):
 def cluster_of(bank, made=make, settings=ONE_EACH, policy=TWO, **changes):
     catalog = Catalog(bank, family()[0])
     base = double()
-    config = ClusterConfig(**{"silence": 4.0, "beat": 0.5, "start_timeout": 120.0, **changes})
+    config = ClusterConfig(**{"silence": 4.0, "beat": 0.5, "start_timeout": 300.0, **changes})
     links = RayLinks(made, catalog.folders, settings)
     return Cluster(links, catalog, base.config, policy, config, generation_config=base.generation_config, decode=text)
 
@@ -198,7 +198,7 @@ def test_replicas_end_under_load_and_come_again(cluster, model):
 def test_an_adapter_that_loads_on_one_replica_only(bank, model, tmp_path):
     expected = alone(model, Asked((11, 12, 13), "lora", 6))
     with cluster_of(bank, partial(make_picky, str(tmp_path))) as cluster:
-        wait_until(lambda: cluster.stats().replicas == 2, 60)
+        wait_until(lambda: cluster.stats().replicas == 2, 180)
         handles = [cluster.submit((11, 12, 13), "lora", max_new_tokens=6) for _ in range(6)]
         assert {handle.result(30).token_ids for handle in handles} == {expected}
 
@@ -257,14 +257,12 @@ def test_the_router_is_killed_and_another_takes_over(bank, model, tmp_path):
         time.sleep(2 * FRONTED.lease)
         asked = long(8)
         expected = [alone(model, one) for one in asked]
-        started = time.monotonic()
-        with cluster_of(bank, settings=FRONTED, policy=Policy(least=1, most=1)) as cluster:
-            assert time.monotonic() - started < 10, "the replicas were begun anew"
+        with cluster_of(bank, settings=FRONTED, policy=Policy(least=1, most=1), silence=15.0) as cluster:
             check(submitted(cluster, asked), expected)
             stats = cluster.stats()
             assert stats.replicas == 1
             wait_until(lambda: [one.stats.open for one in cluster._dispatcher.replicas] == [0])
-            assert engines() <= before
+            assert engines() <= before, "the replicas were begun anew"
 
 
 def test_a_server_that_was_away_while_another_took_over_touches_nothing(bank, model):
@@ -272,7 +270,7 @@ def test_a_server_that_was_away_while_another_took_over_touches_nothing(bank, mo
     expected = [alone(model, one) for one in asked]
     with fronted(bank, away=15.0) as front:
         time.sleep(2 * FRONTED.lease)
-        with cluster_of(bank, settings=FRONTED, policy=Policy(least=1, most=1)) as cluster:
+        with cluster_of(bank, settings=FRONTED, policy=Policy(least=1, most=1), silence=15.0) as cluster:
             before = engines()
             handles = submitted(cluster, asked)
             assert front.stdout.readline().strip() == "SupersededError"
