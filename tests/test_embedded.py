@@ -14,6 +14,9 @@ needs_package = pytest.mark.skipif(
     reason=f"needs {embedded.PACKAGE} and gguf",
 )
 
+# The copy is made once, by one worker.
+pytestmark = pytest.mark.xdist_group("embedded")
+
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def _amounts(
 ):  # fmt: skip
     """By the next 10 bits, how many tokens there are whose bits before are `first`, or what they weigh."""
     tiles = tl.cdiv(size, TOGETHER * CHUNK)
-    rarest = ((first + 1) << (SHIFT + 10)) - 1
+    rarest = (first << (SHIFT + 10)) | ((1 << (SHIFT + 10)) - 1)
     place = tl.arange(0, NEXT)
     tl.debug_barrier()  # What was there was read by all.
     tl.store(scratch + place, tl.zeros([NEXT], tl.int64))
