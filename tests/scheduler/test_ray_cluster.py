@@ -44,9 +44,16 @@ def _ray():
     paths = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
     before = os.environ.get("PYTHONPATH")
     os.environ |= {"PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}
-    # GPUs in name alone: Ray counts them, and nobody looks for them.
+    # GPUs in name alone: Ray counts them, and nobody looks for them. Other tests use the machine at the same time, so
+    # Ray's processes shall not be the last to get it.
     ray.init(
-        address="local", num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning"
+        address="local",
+        num_cpus=8,
+        num_gpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+        _system_config={"worker_niceness": 0},
     )
     yield
     ray.shutdown()
