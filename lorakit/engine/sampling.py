@@ -60,7 +60,7 @@ def rows_of(settings: list[Settings]) -> torch.Tensor:
     columns = list(zip(*settings, strict=True)) or [()] * len(Settings._fields)
     dtypes = (torch.float32, torch.int32, torch.float32, torch.float64)
     *tensors, draws = (torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
-    # Less than that is 0 to some devices, and -inf by inf would be NaN.
+    # Some devices take what is below the normal numbers for 0, and -inf by inf would be NaN.
     limits = torch.finfo(torch.float32)
     tensors[0] = torch.where(tensors[0] > 0, tensors[0].clamp(limits.tiny, limits.max), 0.0)
     # In two parts, as one float32 is too coarse for tokens that are not likely.
